@@ -24,7 +24,7 @@ class Params(BaseModel):
     "Base of all parameter models: unknown keys are errors, instances are immutable."
     model_config = ConfigDict(extra='forbid', frozen=True, validate_default=True, protected_namespaces=())
 
-# %% ../nbs/00_params.ipynb #4258c5ae
+# %% ../nbs/00_params.ipynb #09bad77a
 class ParamsError(ValueError):
     "A parameter that cannot be: one line that names the file and the key."
 
@@ -33,7 +33,8 @@ def _sentence(
     model: type[Params],    # the model that refused
 ) -> str:                   # e.g. "model.channels: unknown key; did you mean 'channels'?"
     "What one pydantic error says to a person."
-    key = '.'.join(str(part) for part in error['loc']) or 'the file'
+    key = '.'.join(str(part) for part in error['loc'])
+    if error['type'] == 'value_error': return f"{key}: {error['ctx']['error']}".removeprefix(': ')   # raised by a check of ours
     if error['type'] != 'extra_forbidden': return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}, not {error['input']!r:.80}"
     near = difflib.get_close_matches(str(error['loc'][-1]), _field_names(model), n=1)
     return f'{key}: unknown key' + (f'; did you mean {near[0]!r}?' if near else '')

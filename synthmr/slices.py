@@ -58,7 +58,7 @@ class StoreError(RuntimeError):
 
 _HEADER = 128 # bytes reserved for the npy header, whose shape is known only at the end
 
-# %% ../nbs/01_slices.ipynb #02f18701
+# %% ../nbs/01_slices.ipynb #83df6df9
 class StoreWriter:
     "Writes a slice store group by group; resumes where an earlier writer was killed."
     def __init__(
@@ -76,17 +76,18 @@ class StoreWriter:
         self._resume()
 
     def _lock(self):
-        "Two writers at once would ruin the store: the second is refused."
+        "Two writers at once would ruin the store: the second process is refused."
         self.lock = open(self.partial/'lock', 'w')
-        try: fcntl.flock(self.lock, fcntl.LOCK_EX|fcntl.LOCK_NB)
+        try: fcntl.lockf(self.lock, fcntl.LOCK_EX|fcntl.LOCK_NB)
         except OSError: raise StoreError(f'{self.partial}: another process is writing it') from None
 
     def _resume(self):
-        "Open the files; keep what the journal knows, if it is of the same store, and cut off the rest."
-        started, self.rows, self.done = self.partial/'started.json', [], set()
-        if not (started.is_file() and _read_json(started) == _plain(self.meta)):
-            for name in ('images.npy', 'journal.jsonl'): (self.partial/name).unlink(missing_ok=True)
-            _write_json(started, self.meta)
+        "Open the files; keep what the journal knows and cut off the rest. What was begun as another store is not touched."
+        started, self.rows, self.done, self.notes = self.partial/'started.json', [], set(), {}
+        if not started.is_file(): _write_json(started, self.meta)
+        begun, meta = _read_json(started), _plain(self.meta)
+        if other := sorted(k for k in {*begun, *meta} if begun.get(k) != meta.get(k)):
+            raise StoreError(f"{self.partial}: was begun as another store ({', '.join(other)}); remove it or choose another folder")
         self.images = open(self.partial/'images.npy', 'ab')
         self.journal = open(self.partial/'journal.jsonl', 'ab+')
         self.journal.seek(0)
@@ -95,7 +96,7 @@ class StoreWriter:
             if not line.endswith(b'\n'): break
             group = json.loads(line)
             if self._bytes(len(self.rows) + len(group['rows'])) > self.images.tell(): break
-            self.rows += group['rows']; self.done.add(group['name']); whole += len(line)
+            self.rows += group['rows']; self.done.add(group['name']); self.notes[group['name']] = group['note']; whole += len(line)
         self.journal.truncate(whole)
         self.images.truncate(max(self._bytes(len(self.rows)), _HEADER)) # the first time this reserves the header
 
@@ -108,6 +109,7 @@ class StoreWriter:
         name: str,          # of the group, such as the subject; `done` holds those that are written
         images: np.ndarray, # uint8 (n, C, H, W)
         rows: list[dict],   # n rows of slices.csv
+        note=None,          # plain data about the group; `notes` holds it again after a resume
     ):
         "Add one group of slices, all or nothing."
         images = np.ascontiguousarray(images)
@@ -115,7 +117,7 @@ class StoreWriter:
         if images.dtype != np.uint8 or images.shape != (len(rows), *self.shape):
             raise ValueError(f'{name}: expected {len(rows)} images uint8 {self.shape}, got {images.dtype} {images.shape}')
         self.images.write(images.data); _to_disk(self.images)
-        self.journal.write(json.dumps({'name': name, 'rows': _plain(rows)}).encode() + b'\n'); _to_disk(self.journal)
+        self.journal.write(json.dumps({'name': name, 'rows': _plain(rows), 'note': _plain(note)}).encode() + b'\n'); _to_disk(self.journal)
         self.rows += rows; self.done.add(name)
 
     def finish(self, **meta) -> 'SliceStore':
@@ -136,7 +138,7 @@ class StoreWriter:
     def __enter__(self): return self
     def __exit__(self, *exception): self.close()
 
-# %% ../nbs/01_slices.ipynb #da4b4851
+# %% ../nbs/01_slices.ipynb #8fa79f3c
 def _npy_header(header: dict) -> bytes:
     "An npy header (format 1.0) padded to `_HEADER` bytes."
     text = repr(header).encode()
@@ -150,7 +152,11 @@ def _plain(value):
     "`value` as JSON gives it back."
     return json.loads(json.dumps(value, default=lambda v: v.item() if isinstance(v, np.generic) else str(v)))
 
-def _write_json(path: Path, value): path.write_text(json.dumps(_plain(value), indent=1) + '\n', encoding='utf-8')
+def _write_json(path: Path, value):
+    "Write a file that is whole or not there."
+    path.with_suffix('.new').write_text(json.dumps(_plain(value), indent=1) + '\n', encoding='utf-8')
+    os.replace(path.with_suffix('.new'), path)
+
 def _read_json(path: Path): return json.loads(path.read_text(encoding='utf-8'))
 
 # %% ../nbs/01_slices.ipynb #71744899

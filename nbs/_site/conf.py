@@ -14,6 +14,6 @@ html_title = 'SynthMR'
 html_show_sourcelink = False
 nb_execution_mode = 'off'       # what the notebooks hold was executed and is shown as it is
 nb_merge_streams = True
+nb_output_stderr = 'remove'     # progress bars
 myst_enable_extensions = ['dollarmath', 'amsmath', 'colon_fence']
 myst_heading_anchors = 3
-suppress_warnings = ['mystnb.unknown_mime_type']    # interactive progress bars have no static form

@@ -1,0 +1,75 @@
+"The repository itself: package and notebooks in step, notebooks clean, templates with their parameters, parameter files that load."
+import ast
+import filecmp
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from synthmr.params import load
+from synthmr.studies.runs import DataRun, GeneratorRun, SegmenterRun
+from synthmr.studies.study import Study
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+TEMPLATES = {'prepare': DataRun, 'generator': GeneratorRun, 'segmenter': SegmenterRun, 'comparison': Study}
+KINDS = {'data': DataRun, 'diffusion': GeneratorRun, 'unet': SegmenterRun, 'study': Study}
+
+def cells(path: Path) -> list[dict]:
+    "The cells of a notebook, sources joined."
+    return [{**c, 'source': ''.join(c['source'])} for c in json.loads(path.read_text(encoding='utf-8'))['cells']]
+
+@pytest.fixture(scope='module')
+def clean_copy(tmp_path_factory) -> Path:
+    "The repository's notebooks in another folder, exported and cleaned there."
+    copy = tmp_path_factory.mktemp('copy')
+    for name in ('nbs', 'settings.ini', 'README.md', 'pyproject.toml'):
+        (shutil.copytree if (ROOT/name).is_dir() else shutil.copy)(ROOT/name, copy/name)
+    for command in ('nbdev_export', 'nbdev_clean'):
+        subprocess.run([Path(sys.executable).with_name(command)], cwd=copy, check=True, capture_output=True)
+    return copy
+
+def test_package_is_in_step_with_the_notebooks(clean_copy):
+    made = {p.relative_to(clean_copy/'synthmr') for p in (clean_copy/'synthmr').rglob('*.py')}
+    kept = {p.relative_to(ROOT/'synthmr') for p in (ROOT/'synthmr').rglob('*.py')}
+    assert made == kept
+    assert made and [str(p) for p in made if not filecmp.cmp(clean_copy/'synthmr'/p, ROOT/'synthmr'/p, shallow=False)] == []
+
+def test_notebooks_are_clean(clean_copy):
+    assert [str(p.relative_to(ROOT)) for p in NOTEBOOKS if p.read_text() != (clean_copy/p.relative_to(ROOT)).read_text()] == []
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_holds_no_error(path):
+    assert [o['evalue'] for c in cells(path) for o in c.get('outputs', []) if o['output_type'] == 'error'] == []
+
+@pytest.mark.parametrize('name', TEMPLATES)
+def test_template_has_its_parameters_and_no_output(name):
+    "Without the tag papermill would run with the defaults; a name that the model lacks would never arrive."
+    template = cells(ROOT/'nbs'/'reports'/f'{name}.ipynb')
+    tagged = [c for c in template if 'parameters' in c['metadata'].get('tags', [])]
+    assert len(tagged) == 1 and not any(c.get('outputs') for c in template)
+    names = [target.id for node in ast.parse(tagged[0]['source']).body for target in node.targets]
+    assert sorted(names) == sorted(TEMPLATES[name].model_fields)
+
+def test_every_template_is_known():
+    assert {p.stem for p in (ROOT/'nbs'/'reports').glob('*.ipynb')} == set(TEMPLATES)
+
+@pytest.mark.parametrize('path', sorted((ROOT/'params').rglob('*.yaml')), ids=lambda p: f'{p.parent.name}-{p.stem}')
+def test_parameter_file_loads(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    load(KINDS[path.stem], path)
+
+def test_the_package_does_not_import_its_development_tools():
+    found = {p.name for p in (ROOT/'synthmr').rglob('*.py') if p.name != '_modidx.py' and re.search(r'^\s*(from|import) (nbdev|fastcore)\b', p.read_text(), re.M)}
+    assert found == set()
+
+def test_the_lock_pins_every_requirement():
+    settings = (ROOT/'settings.ini').read_text()
+    wanted = {re.split('[<>=]', word)[0].lower() for key in ('requirements', 'dev_requirements') for word in re.search(rf'^{key} = (.*)$', settings, re.M)[1].split()}
+    pinned = dict(line.split('==') for line in (ROOT/'requirements.lock').read_text().split())
+    assert wanted <= {name.lower() for name in pinned} and pinned['torch'] == '2.13.0'
+

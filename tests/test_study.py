@@ -1,0 +1,88 @@
+"A study end to end: papermill reports through Snakemake, nothing done twice, a touched parameter reruns what depends on it."
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from synthmr.params import load
+from synthmr.studies.study import Study, all_runs
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = {'dataset': 'tiny', 'simulated': {'subjects': 6, 'seed': 3, 'spacing': 4}, 'resolution': 16, 'test_share': 0.34}
+GENERATOR = {'kind': 'diffusion', 'process': 'edm', 'channels': 8, 'multipliers': [1], 'blocks': 1, 'attention': [], 'patch': 2, 'sampler': 'dpm_solver', 'sampling_steps': 4,
+             'training': {'kimg': 0.5, 'batch_size': 16}}
+SEGMENTER = {'kind': 'unet', 'levels': 3, 'filters': 4, 'validate_every': 0.2, 'training': {'kimg': 0.4, 'batch_size': 16}}
+STUDY = {'data': DATA, 'generators': [{'data': DATA, 'generator': GENERATOR, 'images': 40}], 'segmenters': [{'data': DATA, 'segmenter': SEGMENTER}], 'augmentation': [True], 'seeds': [0]}
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory):
+    "A folder in which studies run, as a user without the repository has it."
+    folder = tmp_path_factory.mktemp('study')
+    (folder/'params').mkdir(); (folder/'settings.ini').touch()      # so that results and artefacts stay here
+    return folder
+
+def run(place, study, *arguments) -> subprocess.CompletedProcess:
+    "`synthmr study` on a study, in the folder."
+    (place/'study.yaml').write_text(yaml.safe_dump(study))
+    environment = {k: v for k, v in os.environ.items() if k != 'SYNTHMR_HOME'}
+    return subprocess.run([Path(sys.executable).with_name('synthmr'), 'study', 'study.yaml', *arguments], cwd=place, env=environment, capture_output=True, text=True)
+
+@pytest.fixture(scope='module')
+def done(place):
+    "The tiny study, run once."
+    finished = run(place, STUDY)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return finished
+
+def test_it_ends_with_the_table_and_the_page(place, done):
+    assert 'relative Dice' in done.stdout and 'SIMULATED' in done.stdout and 'diffusion only' in done.stdout
+    page = Path(done.stdout.strip().splitlines()[-1])
+    text = page.read_text()
+    assert page.suffix == '.html' and 'data:image/png;base64' in text and 'relative Dice' in text
+
+def test_every_report_has_figures_rows_and_parameters(place, done):
+    reports = sorted((place/'results'/'tiny').glob('*.ipynb'))
+    assert len(reports) == 1 + 1 + 3 + 1
+    for report in reports:
+        cells = json.loads(report.read_text())['cells']
+        outputs = [o for c in cells for o in c.get('outputs', [])]
+        assert any('image/png' in o.get('data', {}) for o in outputs) and not any(o['output_type'] == 'error' for o in outputs)
+        assert len(pd.read_csv(report.with_suffix('.csv'))) > 0 and yaml.safe_load(report.with_suffix('.yaml').read_text())
+
+def test_rows_know_their_run(place, done):
+    rows = pd.concat([pd.read_csv(p) for p in (place/'results'/'tiny').glob('unet-*.csv')])
+    assert set(rows.mixture) == {'real', 'synthetic', 'both'} and set(rows['class']) == {'NCR/NET', 'ED', 'ET'} and rows.subject.nunique() == 2
+    assert {'run', 'dataset', 'segmenter', 'generator', 'augmentation', 'seed', 'commit', 'dirty', 'device'} <= set(rows.columns)
+
+def stamps(place) -> dict[str, int]: return {p.name: p.stat().st_mtime_ns for p in (place/'results'/'tiny').glob('*') if p.suffix in ('.csv', '.ipynb', '.html')}
+
+def test_again_does_nothing(place, done):
+    before = stamps(place)
+    again = run(place, STUDY)
+    assert again.returncode == 0 and stamps(place) == before and 'Nothing to be done' in again.stderr
+    assert again.stdout.splitlines()[-1] == done.stdout.splitlines()[-1]
+
+def test_a_touched_parameter_reruns_what_depends_on_it(place, done):
+    changed = json.loads(json.dumps(STUDY))
+    changed['generators'][0]['images'] = 50
+    dry = run(place, changed, '--dry-run')
+    old = load(Study, place/'study.yaml')
+    assert dry.returncode == 0
+    runs = {r.name: r.report for r in all_runs(old)}
+    planned = {name for name in runs if f' {name}' in dry.stdout + dry.stderr}
+    assert sorted(runs[name] for name in planned) == ['comparison', 'generator', 'segmenter', 'segmenter']     # not the data, not the real-only segmenter
+
+def test_papermill_by_hand(place, done):
+    data = place/'data.yaml'
+    data.write_text(yaml.safe_dump(DATA))
+    template = ROOT/'nbs'/'reports'/'prepare.ipynb'
+    def papermill(*more): return subprocess.run([sys.executable, '-m', 'papermill', template, place/'out.ipynb', '-f', data, *more], cwd=place, capture_output=True, text=True)
+    made = papermill()
+    assert made.returncode == 0, made.stderr
+    wrong = papermill('-p', 'resolutoin', '32')
+    assert wrong.returncode != 0 and "resolutoin: unknown key; did you mean 'resolution'?" in wrong.stderr
