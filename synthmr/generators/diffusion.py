@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SIGMA_DATA', 'DiffusionParams', 'edm_scales', 'ddpm_scales', 'Diffusion', 'learning_rate_factor']
 
-# %% ../../nbs/generators/50_diffusion.ipynb #304e5515
+# %% ../../nbs/generators/50_diffusion.ipynb #28efc451
 import math
 from collections.abc import Sequence
 from typing import Literal
@@ -19,9 +19,10 @@ from .denoiser import Denoiser
 from .samplers import SAMPLERS, alphas_to_sigmas, evenly, karras_sigmas, linear_alphas
 from .sampling import numbered_noise
 from ..params import Params
+from ..slices import ANNOTATION_VALUES, CLASSES
 from ..training import Phase, Trainable, TrainingParams
 
-# %% ../../nbs/generators/50_diffusion.ipynb #76ec97bd
+# %% ../../nbs/generators/50_diffusion.ipynb #81cdee1d
 class DiffusionParams(Params):
     "A diffusion model; the defaults are the paper's."
     kind: Literal['diffusion'] = 'diffusion'
@@ -35,6 +36,7 @@ class DiffusionParams(Params):
     patch: int = Field(1, ge=1)                         # pixels folded into channels along each side
     coordinates: bool = False                           # the network sees where a pixel lies
     gated: bool = False                                 # the network also says, pixel by pixel, what share of the noisy image its answer holds
+    annotation: Literal['grey', 'one_hot'] = 'grey'     # one channel of grey values, or one for each tumour class; undone at sampling
     annotation_gain: float = Field(1., gt=0)            # amplitude of the annotation that the network sees; undone at sampling
     mirrored: bool = False                              # half of the training images are mirrored left to right
     steps: int = Field(4000, ge=2)                      # ddpm: of the linear schedule
@@ -65,23 +67,40 @@ def ddpm_scales(
     "Prediction of the noise as in Ho et al. 2020, written as preconditioning."
     return torch.ones_like(sigma), -sigma, (1 + sigma**2).rsqrt(), torch.searchsorted(levels, sigma * 0.999999)
 
-# %% ../../nbs/generators/50_diffusion.ipynb #dd85fedf
+# %% ../../nbs/generators/50_diffusion.ipynb #07a71f52
 class Diffusion(Trainable):
     "A diffusion model of annotated slices."
     def __init__(
         self,
         params: DiffusionParams,
         resolution: int,        # pixels along each side of a slice
-        channels: int=5,        # of a slice, the annotation last
+        sequences: int=4,       # of a slice; the annotation comes after them
     ):
         super().__init__()
-        self.params, self.resolution, self.shape = params, resolution, (channels, resolution, resolution)
+        labels = 1 if params.annotation == 'grey' else len(CLASSES) - 1
+        self.params, self.resolution, self.sequences, channels = params, resolution, sequences, sequences + labels
+        self.shape = channels, resolution, resolution       # of what the network sees
         first = resolution // params.patch
         self.network = self.averaged = Denoiser(channels, channels * (1 + params.gated), params.channels, params.multipliers, params.blocks, [first // size for size in params.attention if size <= first],
                                                 params.heads, params.dropout, params.patch, params.coordinates)
-        gain = torch.ones(channels, 1, 1); gain[-1] = params.annotation_gain
+        gain = torch.ones(channels, 1, 1); gain[sequences:] = params.annotation_gain
         self.register_buffer('gain', gain, persistent=False)
         self.register_buffer('levels', torch.from_numpy(alphas_to_sigmas(linear_alphas(params.steps))).float(), persistent=False)
+
+    def encode(self, batch: Tensor) -> Tensor:
+        "Slices (B, 5, H, W) as the network sees them."
+        if self.params.annotation == 'one_hot':
+            classes = torch.bucketize((batch[:, self.sequences].contiguous() + 1) * 127.5, batch.new_tensor((25.5, 76.5, 153)))
+            batch = torch.cat([batch[:, :self.sequences], *(2. * (classes == c)[:, None] - 1 for c in range(1, len(CLASSES)))], dim=1)
+        return batch * self.gain
+
+    def decode(self, images: Tensor) -> Tensor:
+        "What the network sees back to slices (B, 5, H, W); with one channel a class, the largest positive one wins."
+        images = images / self.gain
+        if self.params.annotation == 'grey': return images
+        grey = images.new_tensor(ANNOTATION_VALUES) / 127.5 - 1
+        likely = torch.cat([torch.zeros_like(images[:, :1]), images[:, self.sequences:]], dim=1)
+        return torch.cat([images[:, :self.sequences], grey[likely.argmax(1)][:, None]], dim=1)
 
     def scales(self, sigma: Tensor) -> list[Tensor]:
         "c_skip, c_out, c_in (B, 1, 1, 1) and c_noise (B,) at levels (B,)."
@@ -102,7 +121,7 @@ class Diffusion(Trainable):
 
     def loss(self, batch: Tensor, step: int) -> tuple[Tensor, dict]:
         "Squared error of the network's prediction at random noise levels."
-        clean = batch * self.gain
+        clean = self.encode(batch)
         if self.params.mirrored: clean = torch.where(torch.rand(len(clean), 1, 1, 1, device=clean.device) < 0.5, clean.flip(-1), clean)
         return self.error(clean, self.draw_levels(len(clean)), torch.randn_like(clean)).mean(), {}
 
@@ -136,7 +155,7 @@ class Diffusion(Trainable):
         start = math.hypot(1, levels[0]) if self.params.process == 'ddpm' else levels[0]    # a variance-preserving state starts with unit variance
         with torch.autocast(device.type, torch.bfloat16, enabled=self.params.training.precision == 'bf16'):
             images = SAMPLERS[self.params.sampler](self.denoise, start * noise(0), levels, lambda step: noise(step + 1))
-        return images / self.gain
+        return self.decode(images)
 
 def learning_rate_factor(
     progress: float,    # 0 to 1
