@@ -130,7 +130,7 @@ def dice_by_subject(
     axes[0].set_ylim(0, 1); axes[1].set_ylim(bottom=0)
     return figure
 
-# %% ../nbs/03_plots.ipynb #f6ad3c8c
+# %% ../nbs/03_plots.ipynb #1685a21e
 def relative_dice(
     rows: pd.DataFrame,     # one row a training: `mixture`, `generator`, `segmenter`, `relative_dice`
     width: float=7,         # inches
@@ -143,6 +143,6 @@ def relative_dice(
     sns.stripplot(rows, x='label', y='relative_dice', hue='mixture', palette=MIXTURE_COLOURS, order=order, size=6, alpha=0.8, jitter=0.12, ax=axis)
     for x, name in enumerate(order): axis.hlines(rows.relative_dice[rows.label == name].mean(), x - 0.25, x + 0.25, color='black', lw=1.5)
     axis.axhline(1, color='grey', lw=0.8, ls=':')
-    axis.set(xlabel='training images', ylabel='relative Dice', ylim=(0, max(1.1, rows.relative_dice.max() * 1.05)))
+    axis.set(xlabel='training images', ylabel='relative Dice', ylim=(0, np.nanmax([1.1, *(rows.relative_dice * 1.05)])))
     axis.get_legend().remove()
     return figure

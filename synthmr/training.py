@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TrainingParams', 'find_device', 'Phase', 'Trainable', 'ema_decay', 'update_average', 'load_weights', 'train']
 
-# %% ../nbs/02_training.ipynb #f60b4b7d
+# %% ../nbs/02_training.ipynb #324fb548
 import copy
 import math
 import shutil
@@ -21,13 +21,13 @@ import safetensors.torch
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .checkpoints import Log, TrainingError, claim, newest_checkpoint, optimizer_state, restore_optimizer, save_checkpoint, to_cpu, write_whole
 from .params import Params, runtime
 from .slices import SliceStore, batches
 
-# %% ../nbs/02_training.ipynb #b15606d5
+# %% ../nbs/02_training.ipynb #2cdbce06
 class TrainingParams(Params):
     "How long and how a model is trained; a model's own parameters hold one of these with the paper's values."
     kimg: float = Field(gt=0)                                   # thousands of images seen in training
@@ -41,7 +41,7 @@ class TrainingParams(Params):
     checkpoint_every: float = runtime(20, gt=0)                 # kimg
     keep_checkpoints: bool = runtime(False)                     # after the end of training
     workers: int = runtime(0, ge=0)                             # processes that read images ahead
-    channels_last: bool = runtime(True)                         # memory format of 4-dimensional weights and of batches
+    channels_last: bool | None = runtime(None)                  # memory format of 4-dimensional weights and batches; None: on a GPU (group norms on a processor are many times slower with it)
     device: str = runtime('auto')                               # 'cpu', 'cuda', 'cuda:1'; 'auto' takes a GPU where there is one
 
     @property
@@ -145,7 +145,7 @@ def load_weights(
     except safetensors.SafetensorError as e: raise TrainingError(f'{file}: is damaged: {e}') from None
     return module
 
-# %% ../nbs/02_training.ipynb #dfe5330f
+# %% ../nbs/02_training.ipynb #48be0e3d
 def _optimizers(phases: list[Phase]) -> dict[str, torch.optim.Optimizer]:
     "Each optimiser once, under the name of the first phase that uses it."
     found = {}
@@ -157,7 +157,7 @@ class _Run:
     "A training at some step."
     def __init__(self, model: Trainable, params: TrainingParams, folder: Path):
         self.model, self.params, self.folder, self.device = model, params, folder, find_device(params.device)
-        self.layout = torch.channels_last if params.channels_last else torch.preserve_format
+        self.layout = torch.channels_last if (self.device.type == 'cuda' if params.channels_last is None else params.channels_last) else torch.preserve_format
         model.to(self.device, memory_format=self.layout).train()
         self.phases, self.names = model.phases(), {id(p): name for name, p in model.named_parameters()}
         self.parameters = [[p for p in phase.module.parameters() if p.requires_grad] for phase in self.phases]

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA = {'dataset': 'tiny', 'simulated': {'subjects': 6, 'seed': 3, 'spacing': 4}, 'resolution': 16, 'test_share': 0.34}
 GENERATOR = {'kind': 'diffusion', 'process': 'edm', 'channels': 8, 'multipliers': [1], 'blocks': 1, 'attention': [], 'patch': 2, 'sampler': 'dpm_solver', 'sampling_steps': 4,
              'training': {'kimg': 0.5, 'batch_size': 16}}
-SEGMENTER = {'kind': 'unet', 'levels': 3, 'filters': 4, 'validate_every': 0.2, 'training': {'kimg': 0.4, 'batch_size': 16}}
+SEGMENTER = {'kind': 'unet', 'levels': 3, 'filters': 8, 'optimiser': 'adamw', 'learning_rate': 0.01, 'validate_every': 0.5, 'training': {'kimg': 1.5, 'batch_size': 8}}
 STUDY = {'data': DATA, 'generators': [{'data': DATA, 'generator': GENERATOR, 'images': 40}], 'segmenters': [{'data': DATA, 'segmenter': SEGMENTER}], 'augmentation': [True], 'seeds': [0]}
 
 @pytest.fixture(scope='module')

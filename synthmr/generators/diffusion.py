@@ -67,7 +67,7 @@ def ddpm_scales(
     "Prediction of the noise as in Ho et al. 2020, written as preconditioning."
     return torch.ones_like(sigma), -sigma, (1 + sigma**2).rsqrt(), torch.searchsorted(levels, sigma * 0.999999)
 
-# %% ../../nbs/generators/50_diffusion.ipynb #07a71f52
+# %% ../../nbs/generators/50_diffusion.ipynb #a66d007e
 class Diffusion(Trainable):
     "A diffusion model of annotated slices."
     def __init__(
@@ -95,12 +95,12 @@ class Diffusion(Trainable):
         return batch * self.gain
 
     def decode(self, images: Tensor) -> Tensor:
-        "What the network sees back to slices (B, 5, H, W); with one channel a class, the largest positive one wins."
+        "What the network sees back to slices (B, 5, H, W); with one channel a class, the likeliest wins, the background having what the others leave."
         images = images / self.gain
         if self.params.annotation == 'grey': return images
-        grey = images.new_tensor(ANNOTATION_VALUES) / 127.5 - 1
-        likely = torch.cat([torch.zeros_like(images[:, :1]), images[:, self.sequences:]], dim=1)
-        return torch.cat([images[:, :self.sequences], grey[likely.argmax(1)][:, None]], dim=1)
+        shares = (images[:, self.sequences:] + 1) / 2
+        classes = torch.cat([1 - shares.sum(1, keepdim=True), shares], dim=1).argmax(1)
+        return torch.cat([images[:, :self.sequences], (images.new_tensor(ANNOTATION_VALUES) / 127.5 - 1)[classes][:, None]], dim=1)
 
     def scales(self, sigma: Tensor) -> list[Tensor]:
         "c_skip, c_out, c_in (B, 1, 1, 1) and c_noise (B,) at levels (B,)."

@@ -26,7 +26,7 @@ from .unet import UNet, head_weights, segmentation_loss
 from ..slices import CLASSES, SliceStore, annotation_to_classes
 from ..training import Phase, Trainable, TrainingError, TrainingParams, find_device, load_weights, train
 
-# %% ../../nbs/segmenters/20_training.ipynb #ee3fad39
+# %% ../../nbs/segmenters/20_training.ipynb #595cb22a
 class UNetTraining(TrainingParams):
     "How long and how the U-Net is trained."
     kimg: float = Field(30_000, gt=0)
@@ -34,7 +34,6 @@ class UNetTraining(TrainingParams):
     precision: Literal['fp32', 'bf16'] = 'bf16'
     clip: float|None = Field(12, gt=0)
     ema_kimg: float|None = Field(None, gt=0)
-    channels_last: bool = runtime(False)    # instance norm on a processor is several times slower with it
 
 class UNetParams(Params):
     "The U-Net and its training; the defaults are the paper's."

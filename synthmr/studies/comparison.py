@@ -25,7 +25,7 @@ def trainings(
     wide['undefined'] = groups.hausdorff.apply(lambda h: int(h.isna().sum()))
     return wide.reset_index()
 
-# %% ../../nbs/studies/10_comparison.ipynb #6a348a57
+# %% ../../nbs/studies/10_comparison.ipynb #036fd273
 def relative(
     table: pd.DataFrame,    # one row a training, with `dice_mean`
 ) -> pd.DataFrame:          # the same with `relative_dice`; raises ValueError where the reference is missing
@@ -33,7 +33,7 @@ def relative(
     reference = table[(table.mixture == 'real') & table.augmentation.astype(bool)].groupby(['dataset', 'segmenter']).dice_mean.mean()
     missing = set(zip(table.dataset, table.segmenter)) - set(reference.index)
     if missing: raise ValueError(f'no reference (real only, with augmentation) for {sorted(missing)}')
-    return table.assign(relative_dice=table.dice_mean / [reference[key] for key in zip(table.dataset, table.segmenter)])
+    return table.assign(relative_dice=table.dice_mean / [reference[key] or np.nan for key in zip(table.dataset, table.segmenter)])
 
 # %% ../../nbs/studies/10_comparison.ipynb #1cd22371
 def summary(
