@@ -22,7 +22,7 @@ from ..params import Params
 from ..slices import ANNOTATION_VALUES, CLASSES
 from ..training import Phase, Trainable, TrainingParams
 
-# %% ../../nbs/generators/50_diffusion.ipynb #81cdee1d
+# %% ../../nbs/generators/50_diffusion.ipynb #55bac506
 class DiffusionParams(Params):
     "A diffusion model; the defaults are the paper's."
     kind: Literal['diffusion'] = 'diffusion'
@@ -44,6 +44,7 @@ class DiffusionParams(Params):
     noise_sd: float = Field(1.2, gt=0)                  # edm: its standard deviation
     sampler: Literal['ancestral', 'ddim', 'dpm_solver'] = 'ancestral'
     sampling_steps: int = Field(4000, ge=2)             # evaluations of the network for an image
+    chunk: int = Field(16, ge=1)                        # images that are sampled together
     learning_rate: float = Field(1e-4, gt=0)
     weight_decay: float = Field(0., ge=0)
     warmup: float = Field(0., ge=0, lt=1)               # share of training in which the learning rate rises from 0
@@ -67,7 +68,7 @@ def ddpm_scales(
     "Prediction of the noise as in Ho et al. 2020, written as preconditioning."
     return torch.ones_like(sigma), -sigma, (1 + sigma**2).rsqrt(), torch.searchsorted(levels, sigma * 0.999999)
 
-# %% ../../nbs/generators/50_diffusion.ipynb #a66d007e
+# %% ../../nbs/generators/50_diffusion.ipynb #b0268d72
 class Diffusion(Trainable):
     "A diffusion model of annotated slices."
     def __init__(
@@ -147,15 +148,20 @@ class Diffusion(Trainable):
         if self.params.process == 'edm': return karras_sigmas(self.params.sampling_steps)
         return self.levels.double().cpu().numpy()[evenly(self.params.steps, self.params.sampling_steps)][::-1]
 
-    @torch.no_grad()
     def generate(self, seed: int, numbers: Sequence[int]) -> Tensor:
-        "Images (n, 5, H, W), nominally in [-1, 1]; image i depends on (seed, numbers[i]) alone."
+        "Images (n, 5, H, W), nominally in [-1, 1]; image i depends on (seed, numbers[i]) alone, to the last bit on one machine."
+        size = self.params.chunk
+        made = {k: self.generate_chunk(seed, range(k * size, (k + 1) * size)) for k in dict.fromkeys(i // size for i in numbers)}
+        return torch.stack([made[i // size][i % size] for i in numbers])
+
+    @torch.no_grad()
+    def generate_chunk(self, seed: int, numbers: Sequence[int]) -> Tensor:
+        "Images that go through the network together."
         levels, device = self.sampling_levels(), self.gain.device
         def noise(stream): return numbered_noise(seed, numbers, self.shape, stream).to(device)
         start = math.hypot(1, levels[0]) if self.params.process == 'ddpm' else levels[0]    # a variance-preserving state starts with unit variance
         with torch.autocast(device.type, torch.bfloat16, enabled=self.params.training.precision == 'bf16'):
-            images = SAMPLERS[self.params.sampler](self.denoise, start * noise(0), levels, lambda step: noise(step + 1))
-        return self.decode(images)
+            return self.decode(SAMPLERS[self.params.sampler](self.denoise, start * noise(0), levels, lambda step: noise(step + 1)))
 
 def learning_rate_factor(
     progress: float,    # 0 to 1

@@ -129,7 +129,7 @@ def run_study(
     "Carry out what of a study is not done yet."
     return subprocess.run(snakemake_command(study, cores, arguments)).returncode
 
-# %% ../../nbs/studies/20_study.ipynb #2c860481
+# %% ../../nbs/studies/20_study.ipynb #8eb04440
 def study_rows(
     study: Study,
 ) -> pd.DataFrame:  # one row a test subject, class and training
@@ -159,4 +159,6 @@ def as_page(
     nb = nbformat.read(notebook, as_version=4)
     for cell in nb.cells:
         if cell.cell_type == 'code': cell.outputs = [o for o in cell.outputs if o.get('name') != 'stderr']
-    return HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True, embed_images=True).from_notebook_node(nb)[0]
+    exporter = HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True, embed_images=True)
+    exporter.log.setLevel('ERROR')      # it warns of every figure without a caption
+    return exporter.from_notebook_node(nb)[0]
