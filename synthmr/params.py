@@ -24,7 +24,7 @@ class Params(BaseModel):
     "Base of all parameter models: unknown keys are errors, instances are immutable."
     model_config = ConfigDict(extra='forbid', frozen=True, validate_default=True, protected_namespaces=())
 
-# %% ../nbs/00_params.ipynb #09bad77a
+# %% ../nbs/00_params.ipynb #efaf676e
 class ParamsError(ValueError):
     "A parameter that cannot be: one line that names the file and the key."
 
@@ -35,14 +35,17 @@ def _sentence(
     "What one pydantic error says to a person."
     key = '.'.join(str(part) for part in error['loc'])
     if error['type'] == 'value_error': return f"{key}: {error['ctx']['error']}".removeprefix(': ')   # raised by a check of ours
+    if error['type'] == 'missing': return f'{key}: is required'
     if error['type'] != 'extra_forbidden': return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}, not {error['input']!r:.80}"
-    near = difflib.get_close_matches(str(error['loc'][-1]), _field_names(model), n=1)
+    near = difflib.get_close_matches(str(error['loc'][-1]), _names_beside(model, error['loc']), n=1)
     return f'{key}: unknown key' + (f'; did you mean {near[0]!r}?' if near else '')
 
-def _field_names(model: type[BaseModel]) -> set[str]:
-    "Names of all fields of `model` and of the models inside it."
-    inner = [m for f in model.model_fields.values() for m in _models_in(f.annotation)]
-    return set(model.model_fields).union(*(_field_names(m) for m in inner))
+def _names_beside(model: type[BaseModel], loc: tuple) -> list[str]:
+    "Names of the fields that stand where `loc` points to."
+    for part in loc[:-1]:
+        inside = _models_in(model.model_fields[part].annotation) if part in model.model_fields else []
+        if inside: model = inside[0]
+    return list(model.model_fields)
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
     "The pydantic models that a type annotation mentions."
