@@ -15,7 +15,7 @@ def test_the_paper_rule_is_the_authors_code(shared, true, predicted, out):
     golden = load_file(shared/'goldens'/'pixelwise_metrics.safetensors')
     expected = dict(zip(ROWS, golden[out]))
     found = evaluate_volume(golden[true], golden[predicted], rule='paper')
-    for column, row in (('dice', 'dice'), ('hausdorff', 'hausdorff_distance'), ('true_voxels', 'true_count'), ('predicted_voxels', 'pred_count')):
+    for column, row in (('dice', 'dice'), ('hausdorff', 'hausdorff_distance'), ('true_voxels', 'true_count'), ('pred_voxels', 'pred_count')):
         assert np.allclose(found[column], expected[row][:3], atol=1e-6, equal_nan=True)
     for column, row in (('dice', 'dice'), ('hausdorff', 'hausdorff_distance')):
         assert np.isclose(found[column].mean(), expected[row][3], atol=1e-6)     # mean over the classes that are defined
