@@ -13,7 +13,12 @@ from sphinx.cmd.build import build_main
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-PROCESSORS = [populate_language, strip_ansi, hide_line, filter_stream_, clean_magics, hide_]
+
+def drop_module_name(cell):
+    "The cell that only names the module says nothing to a reader."
+    if cell.cell_type == 'code' and 'default_exp' in (cell.directives_ or {}): del cell['source']
+
+PROCESSORS = [populate_language, strip_ansi, hide_line, filter_stream_, clean_magics, hide_, drop_module_name]
 CHAPTERS = {'': 'Foundations', 'data': 'Data', 'generators': 'Generators', 'segmenters': 'Segmenters', 'metrics': 'Metrics', 'studies': 'Studies'}
 
 def process(
