@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pandas as pd
 import pytest
 import yaml
@@ -86,3 +87,18 @@ def test_papermill_by_hand(place, done):
     assert made.returncode == 0, made.stderr
     wrong = papermill('-p', 'resolutoin', '32')
     assert wrong.returncode != 0 and "resolutoin: unknown key; did you mean 'resolution'?" in wrong.stderr
+
+def test_jobs_never_claim_more_cores_than_there_are(tmp_path):
+    "Snakemake 9.10 to 9.16 gave a finished job's cores back twice (its issue 3913): after a first job, two of two cores ran together."
+    cell = nbformat.v4.new_code_cell("rows = ''", metadata={'tags': ['parameters']})
+    body = nbformat.v4.new_code_cell("import time\nstart = time.time()\ntime.sleep(1)\nopen(rows, 'w').write(f'{start} {time.time()}')")
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell, body], metadata={'kernelspec': {'name': 'python3', 'display_name': '', 'language': 'python'}}), tmp_path/'report.ipynb')
+    plan = [{'name': n, 'report': 'prepare', 'template': str(tmp_path/'report.ipynb'), 'threads': 2, **{k: str(tmp_path/f'{n}.{e}') for k, e in
+             [('params', 'yaml'), ('notebook', 'ipynb'), ('rows', 'csv')]}, 'needs': [str(tmp_path/f'{m}.csv') for m in needs]}
+            for n, needs in [('first', ''), ('a', ['first']), ('b', ['first']), ('last', ['a', 'b'])]]
+    for job in plan: Path(job['params']).write_text(yaml.safe_dump({'rows': job['rows']}))
+    (tmp_path/'plan.json').write_text(json.dumps(plan))
+    subprocess.run([sys.executable, '-m', 'snakemake', '--snakefile', ROOT/'synthmr'/'studies'/'Snakefile', '--directory', tmp_path, '--cores', '2', '--config',
+                    f"plan={tmp_path/'plan.json'}"], check=True, capture_output=True)
+    (_, a), (b, _) = sorted([float(x) for x in (tmp_path/f'{n}.csv').read_text().split()] for n in 'ab')
+    assert a <= b
