@@ -14,7 +14,7 @@ from pathlib import Path
 from . import __version__
 from .params import ParamsError, check, load
 
-# %% ../nbs/90_cli.ipynb #ab82eb20
+# %% ../nbs/90_cli.ipynb #91e865d1
 def _simulate(a: argparse.Namespace) -> int:
     from synthmr.data.simulated import SimulatedParams, simulate_cohort
     params = check(SimulatedParams, {'subjects': a.subjects, 'seed': a.seed, 'spacing': a.spacing, 'workers': a.workers}, 'synthmr simulate')
@@ -30,6 +30,15 @@ def _prepare(a: argparse.Namespace) -> int:
     print(f'{store.path}: ' + ', '.join(f'{split}: {row.slices} slices of {row.subjects} subjects' for split, row in counts.iterrows()))
     return 0
 
+def _train(a: argparse.Namespace) -> int:
+    from synthmr.studies.runs import GeneratorRun, make_data, train_generator
+    from synthmr.training import processes
+    run = load(GeneratorRun, a.file)
+    if processes()[1] == 1: make_data(run.data)
+    train_generator(run)
+    print(f"{run.folder/'training'}")
+    return 0
+
 def _study(a: argparse.Namespace) -> int:
     from synthmr.studies.comparison import readable, summary
     from synthmr.studies.study import Study, render_pages, run_study, study_table
@@ -41,7 +50,7 @@ def _study(a: argparse.Namespace) -> int:
     print(f'\n{render_pages(study)}')
     return 0
 
-# %% ../nbs/90_cli.ipynb #9b03d9dd
+# %% ../nbs/90_cli.ipynb #5062b56f
 def parser() -> argparse.ArgumentParser:
     "The command line of `synthmr`."
     top = argparse.ArgumentParser('synthmr', description="Can synthetic MR images be shared instead of patients' images?",
@@ -69,6 +78,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--seed', metavar='S', type=int, help='of the split of subjects, where there is no file')
     p.add_argument('--strict', action='store_true', help='a subject that cannot be used is an error')
     p.add_argument('--workers', metavar='W', type=int, default=2, help='processes')
+
+    p = verb('train', _train, 'train one generator, without a report; several processes under torchrun share the work')
+    p.add_argument('file', metavar='FILE', type=Path, help='parameters of the generator, such as params/demo/stylegan2.yaml')
 
     p = verb('study', _study, 'carry out a study, or what of it is not done yet; ends with its table and page')
     p.add_argument('file', metavar='FILE', type=Path, help='parameters of the study, such as params/demo/study.yaml')

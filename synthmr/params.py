@@ -24,7 +24,7 @@ class Params(BaseModel):
     "Base of all parameter models: unknown keys are errors, instances are immutable."
     model_config = ConfigDict(extra='forbid', frozen=True, validate_default=True, protected_namespaces=())
 
-# %% ../nbs/00_params.ipynb #efaf676e
+# %% ../nbs/00_params.ipynb #111bd8aa
 class ParamsError(ValueError):
     "A parameter that cannot be: one line that names the file and the key."
 
@@ -33,19 +33,30 @@ def _sentence(
     model: type[Params],    # the model that refused
 ) -> str:                   # e.g. "model.channels: unknown key; did you mean 'channels'?"
     "What one pydantic error says to a person."
-    key = '.'.join(str(part) for part in error['loc'])
+    key, beside = _where(model, error['loc'])
+    if error['type'] in ('union_tag_not_found', 'union_tag_invalid'):       # the field that says which model it is
+        tag = error['ctx']['discriminator'].strip("'")
+        known = error['ctx'].get('expected_tags') or ', '.join(repr(m.model_fields[tag].default) for m in beside)
+        return f'{key}.{tag}: ' + (f"unknown, {error['ctx']['tag']!r}" if 'tag' in error['ctx'] else 'is required') + f'; one of {known}'
     if error['type'] == 'value_error': return f"{key}: {error['ctx']['error']}".removeprefix(': ')   # raised by a check of ours
     if error['type'] == 'missing': return f'{key}: is required'
     if error['type'] != 'extra_forbidden': return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}, not {error['input']!r:.80}"
-    near = difflib.get_close_matches(str(error['loc'][-1]), _names_beside(model, error['loc']), n=1)
+    near = difflib.get_close_matches(str(error['loc'][-1]), [name for m in beside for name in m.model_fields], n=1)
     return f'{key}: unknown key' + (f'; did you mean {near[0]!r}?' if near else '')
 
-def _names_beside(model: type[BaseModel], loc: tuple) -> list[str]:
-    "Names of the fields that stand where `loc` points to."
-    for part in loc[:-1]:
-        inside = _models_in(model.model_fields[part].annotation) if part in model.model_fields else []
-        if inside: model = inside[0]
-    return list(model.model_fields)
+def _where(
+    model: type[BaseModel],
+    loc: tuple,                             # as in pydantic's errors: where one of several models may stand, its tag follows the name
+) -> tuple[str, list[type[BaseModel]]]:     # dotted key; the models whose fields could stand there
+    "What a person calls the place of an error."
+    key, models = [], [model]
+    for k, part in enumerate(loc):
+        tagged = [m for m in models if any(f.default == part for f in m.model_fields.values())]
+        if k and len(models) > 1 and tagged: models = tagged; continue
+        key.append(str(part))
+        inside = [i for m in models if part in m.model_fields for i in _models_in(m.model_fields[part].annotation)]
+        if inside and (k < len(loc) - 1 or len(inside) > 1): models = inside
+    return '.'.join(key), models
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
     "The pydantic models that a type annotation mentions."

@@ -6,8 +6,9 @@
 __all__ = ['CHANNELS', 'SEQUENCES', 'CLASSES', 'ANNOTATION_VALUES', 'annotation_to_classes', 'classes_to_annotation', 'to_float',
            'to_uint8', 'StoreError', 'StoreWriter', 'SliceStore', 'epoch_order', 'batch_order', 'batches']
 
-# %% ../nbs/01_slices.ipynb #9a48a87d
+# %% ../nbs/01_slices.ipynb #b8ef97b6
 import fcntl
+import itertools
 import json
 import os
 import shutil
@@ -261,19 +262,19 @@ def epoch_order(
     order = rng.permutation(n * len(sizes))
     return np.repeat(np.arange(len(sizes)), n)[order], np.concatenate(positions)[order]
 
-# %% ../nbs/01_slices.ipynb #6e8a0fea
+# %% ../nbs/01_slices.ipynb #e433a50c
 def batch_order(
     sizes: list[int],   # number of images in each source
-    batch_size: int,
+    batch_size: int|Iterator[int],  # of every batch, or of each batch in turn
     seed: int,
-    start: int=0,       # number of batches to leave out
+    start: int=0,       # number of images to leave out
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]: # source and position of each image of a batch
     "Endless batches of shuffled (source, position), any batch on its own."
     if min(sizes, default=0) == 0: raise ValueError('a training set without images')
     per_epoch = max(sizes) * len(sizes)
-    epoch, order, first = -1, None, start * batch_size
-    while True:
-        parts, need = [], batch_size
+    epoch, order, first = -1, None, start
+    for need in itertools.repeat(batch_size) if isinstance(batch_size, int) else batch_size:
+        parts = []
         while need:
             if first // per_epoch != epoch: epoch = first // per_epoch; order = np.stack(epoch_order(sizes, seed, epoch))
             at = first % per_epoch
@@ -281,7 +282,7 @@ def batch_order(
             first += parts[-1].shape[1]; need -= parts[-1].shape[1]
         yield tuple(np.concatenate(parts, axis=1))
 
-# %% ../nbs/01_slices.ipynb #d127456e
+# %% ../nbs/01_slices.ipynb #84c57741
 class _Batches(torch.utils.data.Dataset):
     "Reads the images of a batch, given its (source, position)."
     def __init__(self, sources: list[SliceStore]): self.sources = sources
@@ -293,15 +294,16 @@ class _Batches(torch.utils.data.Dataset):
 
 def batches(
     sources: list[SliceStore],  # sampled equally often; same channels and resolution
-    batch_size: int,
+    batch_size: int|Iterator[int],  # of every batch, or of each batch in turn
     seed: int,
-    start: int=0,               # number of batches already seen, when resuming
+    start: int=0,               # number of images already seen, when resuming
     workers: int=0,             # worker processes that read ahead; 0 reads in this process
+    share: tuple[int, int]=(0, 1),  # (k, n): only every n-th batch, from the k-th on
 ) -> Iterator[torch.Tensor]:    # float32 (batch_size, C, H, W) in [-1, 1]
     "Endless shuffled batches from one or more stores."
     shapes = {s.images.shape[1:] for s in sources}
     if len(shapes) != 1: raise ValueError(f'stores of different shape cannot be mixed: {sorted(shapes)}')
-    order = batch_order([len(s) for s in sources], batch_size, seed, start)
+    order = itertools.islice(batch_order([len(s) for s in sources], batch_size, seed, start), share[0], None, share[1])
     loader = torch.utils.data.DataLoader(_Batches(sources), sampler=_Endless(order), batch_size=None, num_workers=workers)
     return (to_float(batch) for batch in loader)
 

@@ -49,6 +49,7 @@ class Toy(Trainable):
 STEPS, BATCH = 60, 8
 PARAMS = dict(kimg=STEPS*BATCH/1000, batch_size=BATCH, ema_kimg=0.05, log_every=2*BATCH/1000, checkpoint_every=5*BATCH/1000, device='cpu')
 VARIANTS = {'plain': {}, 'all': dict(accumulate=2, workers=1, precision='bf16', clip=1)}
+SHARED = dict(accumulate=2)     # one process or two
 
 def score(model): return torch.rand([]).item() / 2 - model.generator[1].num_batches_tracked.item()   # the first is the best, and it draws from the generator
 
@@ -58,7 +59,7 @@ def train_toy(folder: Path, variant: str, pause: float=0, seed: int=3, model=Non
     model, store = model or Toy(), SliceStore.open(folder.parent/'store')
     validate = dict(validate=score, validate_every=7*BATCH/1000) if variant == 'all' else {}
     def rest(batch): time.sleep(pause); return batch + 0.01*torch.randn_like(batch)
-    return train(model, [store, store.select(store.slices.z < 9)], TrainingParams(**{**PARAMS, **VARIANTS[variant], **changed}), folder, seed,
+    return train(model, [store, store.select(store.slices.z < 9)], TrainingParams(**{**PARAMS, **(SHARED if variant == 'shared' else VARIANTS[variant]), **changed}), folder, seed,
                  prepare_batch=rest, config={'model': 'toy'}, progress=False, **validate)
 
 def lines(folder: Path) -> list[dict]:
@@ -107,6 +108,81 @@ def test_sigkill(home, variant):
     assert weights(folder) == weights(home/variant), f'killed after {at} lines'
     assert lines(folder) == lines(home/variant)
     assert sorted(p.name for p in folder.iterdir()) == ['config.json', 'log.jsonl', 'weights.safetensors']
+
+def test_two_processes_are_one(home):
+    "Two processes that share the parts of a batch give the losses and the weights of one, up to the order of sums; what each draws belongs to the part, not to the process."
+    one, two = train_toy(home/'one', 'shared'), home/'two'
+    torchrun = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', __file__, two, 'shared', '0'], capture_output=True, text=True)
+    assert torchrun.returncode == 0, torchrun.stderr
+    assert [line.keys() for line in lines(one)] == [line.keys() for line in lines(two)]
+    for a, b in zip(lines(one), lines(two)): assert a == pytest.approx(b, rel=1e-3, abs=1e-4), a['step']
+    a, b = (load_weights(Toy(), folder).generator.state_dict() for folder in (one, two))
+    assert all(torch.allclose(a[k].float(), b[k].float(), atol=1e-4) for k in a if 'num_batches' not in k) and not a['0.weight'].equal(torch.zeros_like(a['0.weight']))
+    assert sorted(p.name for p in two.iterdir()) == ['config.json', 'log.jsonl', 'weights.safetensors']
+    with pytest.raises(TrainingError, match='configuration'): train_toy(two, 'plain')
+
+def test_parts_that_cannot_be_shared_are_refused(home, monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '3')
+    with pytest.raises(TrainingError, match='3 processes cannot share 2 parts'): train_toy(home/'thirds', 'shared')
+
+def test_buffers_move_by_the_mean_of_the_parts(home):
+    "A running mean of the batch is the same in one part and in four; a loss finds it as it was before the phase."
+    class Mean(Trainable):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros([])); self.register_buffer('mean', torch.zeros([])); self.found = []
+        def loss(self, batch, step):
+            self.found.append(self.mean.item()); self.mean.lerp_(batch.mean(), 0.5)
+            return (self.weight - batch.mean()).square(), {}
+        def phases(self): return [Phase('mean', self, torch.optim.SGD(self.parameters(), 0.1), self.loss)]
+    models = {}
+    for parts in (1, 4):
+        models[parts] = Mean()
+        train(models[parts], [SliceStore.open(home/'store')], TrainingParams(**PARAMS, accumulate=parts), home/f'mean-{parts}', 1, progress=False)
+    assert torch.allclose(models[1].mean, models[4].mean, atol=1e-6) and models[1].mean != 0
+    assert np.allclose(np.repeat(models[1].found, 4), models[4].found, atol=1e-6)
+
+def test_a_growing_batch(home):
+    "The size of a batch may depend on the images seen; lengths stay in images, the model is told before each step, and a kill changes nothing."
+    class Growing(Toy):
+        def __init__(self): super().__init__(); self.told = []
+        def batch_size(self, images, params): return 4 if images < 100 else 8
+        def begin_step(self, images): self.told.append(images)
+        def paint(self, batch, step):
+            assert len(batch) == (4 if self.told[-1] < 100 else 8)
+            if len(self.told) == self.stop: raise KeyboardInterrupt
+            return super().paint(batch, step)
+    def grow(name, stop=None):
+        torch.manual_seed(0)
+        model = Growing(); model.stop = stop
+        try: train_toy(home/name, 'plain', model=model)
+        except KeyboardInterrupt: pass
+        return model.told
+    told = grow('growing')
+    assert told == [*range(0, 100, 4), *range(100, STEPS*BATCH, 8)] and lines(home/'growing')[-1]['kimg'] == pytest.approx((told[-1] + 8) / 1000)
+    assert grow('grown', stop=20) == told[:20] and grow('grown')[-1] == told[-1] and weights(home/'grown') == weights(home/'growing')
+
+def test_compiled(home):
+    "A compiled network learns the same, within rounding; what is differentiated twice goes round the compiler."
+    class Net(nn.Module):
+        def __init__(self): super().__init__(); self.conv = nn.Conv2d(5, 5, 3, padding=1)
+        def forward(self, x): return nn.functional.leaky_relu(self.conv(x), 0.2)
+    class Compiled(Trainable):
+        def __init__(self): super().__init__(); self.net = self.averaged = Net()
+        def loss(self, batch, step): return mse_loss(self.net(batch), batch), {}
+        def smooth(self, batch, step):
+            batch = batch.requires_grad_(True)
+            return torch.autograd.grad(self.net.forward(batch).sum(), batch, create_graph=True)[0].square().mean(), {}
+        def phases(self):
+            optimizer = torch.optim.Adam(self.net.parameters(), 1e-2)
+            return [Phase('net', self.net, optimizer, self.loss), Phase('smooth', self.net, optimizer, self.smooth, every=2)]
+    found = {}
+    for compiled in (False, True):
+        torch.manual_seed(0); torch._dynamo.utils.counters.clear()
+        train(Compiled(), [SliceStore.open(home/'store')], TrainingParams(**PARAMS, compile=compiled), home/f'compiled-{compiled}', 1, progress=False)
+        assert (torch._dynamo.utils.counters['stats']['unique_graphs'] > 0) == compiled
+        found[compiled] = lines(home/f'compiled-{compiled}')
+    for a, b in zip(found[False], found[True]): assert a == pytest.approx(b, rel=1e-3)
 
 def test_killed_at_every_flush(home):
     "SIGKILL at the n-th flush to the disk or in the middle of the n-th write, for every n: whatever half-written file it leaves, the weights are the same."
@@ -220,5 +296,5 @@ def test_average_by_hand(home):
 
 if __name__ == '__main__':
     folder, variant = Path(sys.argv[1]), sys.argv[2]
-    warnings.simplefilter('error')
+    if variant != 'shared': warnings.simplefilter('error')
     sweep(folder) if variant == 'sweep' else train_toy(folder, variant, float(sys.argv[3]))

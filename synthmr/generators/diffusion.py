@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SIGMA_DATA', 'DiffusionParams', 'edm_scales', 'ddpm_scales', 'Diffusion', 'learning_rate_factor']
 
-# %% ../../nbs/generators/50_diffusion.ipynb #28efc451
+# %% ../../nbs/generators/50_diffusion.ipynb #e21573a7
 import math
 from collections.abc import Sequence
 from typing import Literal
@@ -17,13 +17,11 @@ from torch import Tensor
 
 from .denoiser import Denoiser
 from .samplers import SAMPLERS, alphas_to_sigmas, evenly, karras_sigmas, linear_alphas
-from .sampling import numbered_noise
-from ..params import Params
-from ..slices import ANNOTATION_VALUES, CLASSES
-from ..training import Phase, Trainable, TrainingParams
+from .generator import Generator, GeneratorParams
+from ..training import Phase, TrainingParams
 
-# %% ../../nbs/generators/50_diffusion.ipynb #55bac506
-class DiffusionParams(Params):
+# %% ../../nbs/generators/50_diffusion.ipynb #a26efc2e
+class DiffusionParams(GeneratorParams):
     "A diffusion model; the defaults are the paper's."
     kind: Literal['diffusion'] = 'diffusion'
     process: Literal['ddpm', 'edm'] = 'ddpm'            # what the network predicts, and at which noise levels it is trained
@@ -36,15 +34,11 @@ class DiffusionParams(Params):
     patch: int = Field(1, ge=1)                         # pixels folded into channels along each side
     coordinates: bool = False                           # the network sees where a pixel lies
     gated: bool = False                                 # the network also says, pixel by pixel, what share of the noisy image its answer holds
-    annotation: Literal['grey', 'one_hot'] = 'grey'     # one channel of grey values, or one for each tumour class; undone at sampling
-    annotation_gain: float = Field(1., gt=0)            # amplitude of the annotation that the network sees; undone at sampling
-    mirrored: bool = False                              # half of the training images are mirrored left to right
     steps: int = Field(4000, ge=2)                      # ddpm: of the linear schedule
     noise_mean: float = -1.2                            # edm: mean of log sigma in training
     noise_sd: float = Field(1.2, gt=0)                  # edm: its standard deviation
     sampler: Literal['ancestral', 'ddim', 'dpm_solver'] = 'ancestral'
     sampling_steps: int = Field(4000, ge=2)             # evaluations of the network for an image
-    chunk: int = Field(16, ge=1)                        # images that are sampled together
     learning_rate: float = Field(1e-4, gt=0)
     weight_decay: float = Field(0., ge=0)
     warmup: float = Field(0., ge=0, lt=1)               # share of training in which the learning rate rises from 0
@@ -68,40 +62,19 @@ def ddpm_scales(
     "Prediction of the noise as in Ho et al. 2020, written as preconditioning."
     return torch.ones_like(sigma), -sigma, (1 + sigma**2).rsqrt(), torch.searchsorted(levels, sigma * 0.999999)
 
-# %% ../../nbs/generators/50_diffusion.ipynb #b0268d72
-class Diffusion(Trainable):
+# %% ../../nbs/generators/50_diffusion.ipynb #19928284
+class Diffusion(Generator):
     "A diffusion model of annotated slices."
     def __init__(
         self,
         params: DiffusionParams,
         resolution: int,        # pixels along each side of a slice
-        sequences: int=4,       # of a slice; the annotation comes after them
     ):
-        super().__init__()
-        labels = 1 if params.annotation == 'grey' else len(CLASSES) - 1
-        self.params, self.resolution, self.sequences, channels = params, resolution, sequences, sequences + labels
-        self.shape = channels, resolution, resolution       # of what the network sees
-        first = resolution // params.patch
-        self.network = self.averaged = Denoiser(channels, channels * (1 + params.gated), params.channels, params.multipliers, params.blocks, [first // size for size in params.attention if size <= first],
-                                                params.heads, params.dropout, params.patch, params.coordinates)
-        gain = torch.ones(channels, 1, 1); gain[sequences:] = params.annotation_gain
-        self.register_buffer('gain', gain, persistent=False)
+        super().__init__(params, resolution)
+        self.shape, first = (self.channels, resolution, resolution), resolution // params.patch
+        self.network = self.averaged = Denoiser(self.channels, self.channels * (1 + params.gated), params.channels, params.multipliers, params.blocks,
+                                                [first // size for size in params.attention if size <= first], params.heads, params.dropout, params.patch, params.coordinates)
         self.register_buffer('levels', torch.from_numpy(alphas_to_sigmas(linear_alphas(params.steps))).float(), persistent=False)
-
-    def encode(self, batch: Tensor) -> Tensor:
-        "Slices (B, 5, H, W) as the network sees them."
-        if self.params.annotation == 'one_hot':
-            classes = torch.bucketize((batch[:, self.sequences].contiguous() + 1) * 127.5, batch.new_tensor((25.5, 76.5, 153)))
-            batch = torch.cat([batch[:, :self.sequences], *(2. * (classes == c)[:, None] - 1 for c in range(1, len(CLASSES)))], dim=1)
-        return batch * self.gain
-
-    def decode(self, images: Tensor) -> Tensor:
-        "What the network sees back to slices (B, 5, H, W); with one channel a class, the likeliest wins, the background having what the others leave."
-        images = images / self.gain
-        if self.params.annotation == 'grey': return images
-        shares = (images[:, self.sequences:] + 1) / 2
-        classes = torch.cat([1 - shares.sum(1, keepdim=True), shares], dim=1).argmax(1)
-        return torch.cat([images[:, :self.sequences], (images.new_tensor(ANNOTATION_VALUES) / 127.5 - 1)[classes][:, None]], dim=1)
 
     def scales(self, sigma: Tensor) -> list[Tensor]:
         "c_skip, c_out, c_in (B, 1, 1, 1) and c_noise (B,) at levels (B,)."
@@ -123,7 +96,6 @@ class Diffusion(Trainable):
     def loss(self, batch: Tensor, step: int) -> tuple[Tensor, dict]:
         "Squared error of the network's prediction at random noise levels."
         clean = self.encode(batch)
-        if self.params.mirrored: clean = torch.where(torch.rand(len(clean), 1, 1, 1, device=clean.device) < 0.5, clean.flip(-1), clean)
         return self.error(clean, self.draw_levels(len(clean)), torch.randn_like(clean)).mean(), {}
 
     def draw_levels(self, n: int) -> Tensor:
@@ -148,20 +120,10 @@ class Diffusion(Trainable):
         if self.params.process == 'edm': return karras_sigmas(self.params.sampling_steps)
         return self.levels.double().cpu().numpy()[evenly(self.params.steps, self.params.sampling_steps)][::-1]
 
-    def generate(self, seed: int, numbers: Sequence[int]) -> Tensor:
-        "Images (n, 5, H, W), nominally in [-1, 1]; image i depends on (seed, numbers[i]) alone, to the last bit on one machine."
-        size = self.params.chunk
-        made = {k: self.generate_chunk(seed, range(k * size, (k + 1) * size)) for k in dict.fromkeys(i // size for i in numbers)}
-        return torch.stack([made[i // size][i % size] for i in numbers])
-
-    @torch.no_grad()
     def generate_chunk(self, seed: int, numbers: Sequence[int]) -> Tensor:
-        "Images that go through the network together."
-        levels, device = self.sampling_levels(), self.gain.device
-        def noise(stream): return numbered_noise(seed, numbers, self.shape, stream).to(device)
+        levels = self.sampling_levels()
         start = math.hypot(1, levels[0]) if self.params.process == 'ddpm' else levels[0]    # a variance-preserving state starts with unit variance
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.params.training.precision == 'bf16'):
-            return self.decode(SAMPLERS[self.params.sampler](self.denoise, start * noise(0), levels, lambda step: noise(step + 1)))
+        return SAMPLERS[self.params.sampler](self.denoise, start * self.noise(seed, numbers, self.shape), levels, lambda step: self.noise(seed, numbers, self.shape, step + 1))
 
 def learning_rate_factor(
     progress: float,    # 0 to 1

@@ -23,7 +23,7 @@ def resampling_matrix(
     raised[torch.arange(size), torch.arange(size) * up] = up
     return F.conv1d(F.pad(raised, padding)[:, None], taps.flip(0)[None, None])[:, 0, ::down].T.contiguous()
 
-# %% ../../nbs/generators/21_resampling.ipynb #db0f075a
+# %% ../../nbs/generators/21_resampling.ipynb #c308dfe2
 def resample(
     x: Tensor,          # (..., H, W)
     rows: Tensor,       # (H', H)
@@ -43,6 +43,7 @@ class Resample(nn.Module):
         padding: tuple[int, int]=(0, 0),
     ):
         super().__init__()
+        self.taps, self.up, self.down, self.padding = taps, up, down, padding
         self.register_buffer('matrix', resampling_matrix(size, taps, up, down, padding), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor: # (B, C, size, size) -> (B, C, new size, new size)
