@@ -131,3 +131,35 @@ def test_noising(diffusion):
     model, golden = diffusion
     sigma = model.levels[golden['in.t']].view(-1, 1, 1, 1)
     assert torch.allclose((golden['in.x0'] + sigma * golden['in.noise']) / (1 + sigma**2).sqrt(), golden['out.q_sample'], atol=1e-5)
+
+@pytest.fixture
+def learned(shared):
+    "Our diffusion model that also learns the variance, with the official weights, and the golden."
+    from synthmr.generators.diffusion import Diffusion, DiffusionParams
+    model = Diffusion(DiffusionParams(channels=32, multipliers=(1, 1, 2, 2), blocks=1, attention=(16, 8), learned_variance=True), 64).eval()
+    weights = load_file(shared/'goldens'/'guided_unet64_weights.safetensors')
+    model.network.load_state_dict({our_name(k.split('.', 1)[1]): v.float() for k, v in sorted(weights.items())})    # U_learned.out.2 comes after U.out.2
+    return model, load_file(shared/'goldens'/'guided_unet64_learned.safetensors')
+
+@torch.no_grad()
+def test_learned_variance_of_a_step(learned):
+    from synthmr.generators.learned_variance import learned_deviation, steps_back
+    from synthmr.generators.samplers import ancestral
+    model, golden = learned
+    levels = alphas_to_sigmas(linear_alphas(4000))
+    for i, t, x, _ in each_image(model, golden):
+        estimate, v = model.estimate(x, float(model.levels[t]))
+        _, small, large = steps_back(levels)[t]
+        factor = (1 + levels[t - 1]**2)**0.5 if t else 1
+        assert torch.allclose(2 * (learned_deviation(v, small, large) / factor).log(), golden['out.p_log_variance'][i:i + 1], atol=1e-4)
+        if t == 0: continue
+        said, seen = [v], []
+        def denoise(state, sigma): seen.append(state); return estimate
+        ancestral(denoise, x, levels[[t, t - 1]], lambda step: golden['in.noise'][i:i + 1], lambda small, large: learned_deviation(v, small, large))
+        assert torch.allclose(seen[1] / factor, golden['out.p_sample'][i:i + 1], atol=2e-4)
+
+@torch.no_grad()
+def test_loss_with_a_learned_variance(learned):
+    model, golden = learned
+    assert torch.allclose(model.error(golden['in.x0'], model.levels[golden['in.t']], golden['in.noise']), golden['out.train.loss'], rtol=2e-3)
+    assert (golden['out.train.vb'] > 1e-3 * golden['out.train.mse']).any()       # the bound counts in the golden

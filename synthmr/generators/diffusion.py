@@ -5,22 +5,23 @@
 # %% auto #0
 __all__ = ['SIGMA_DATA', 'DiffusionParams', 'edm_scales', 'ddpm_scales', 'Diffusion', 'learning_rate_factor']
 
-# %% ../../nbs/generators/50_diffusion.ipynb #e21573a7
+# %% ../../nbs/generators/50_diffusion.ipynb #1f06433e
 import math
 from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from .denoiser import Denoiser
-from .samplers import SAMPLERS, alphas_to_sigmas, evenly, karras_sigmas, linear_alphas
+from .learned_variance import divergence, grey_value_bits, learned_deviation, steps_back
+from .samplers import SAMPLERS, alphas_to_sigmas, ancestral, evenly, karras_sigmas, linear_alphas
 from .generator import Generator, GeneratorParams
 from ..training import Phase, TrainingParams
 
-# %% ../../nbs/generators/50_diffusion.ipynb #a26efc2e
+# %% ../../nbs/generators/50_diffusion.ipynb #b03c72c7
 class DiffusionParams(GeneratorParams):
     "A diffusion model; the defaults are the paper's."
     kind: Literal['diffusion'] = 'diffusion'
@@ -35,6 +36,7 @@ class DiffusionParams(GeneratorParams):
     coordinates: bool = False                           # the network sees where a pixel lies
     gated: bool = False                                 # the network also says, pixel by pixel, what share of the noisy image its answer holds
     steps: int = Field(4000, ge=2)                      # ddpm: of the linear schedule
+    learned_variance: bool = False                      # ddpm: the network also says how much noise a step adds (Nichol and Dhariwal 2021)
     noise_mean: float = -1.2                            # edm: mean of log sigma in training
     noise_sd: float = Field(1.2, gt=0)                  # edm: its standard deviation
     sampler: Literal['ancestral', 'ddim', 'dpm_solver'] = 'ancestral'
@@ -44,6 +46,11 @@ class DiffusionParams(GeneratorParams):
     warmup: float = Field(0., ge=0, lt=1)               # share of training in which the learning rate rises from 0
     decay: Literal['constant', 'cosine'] = 'constant'   # of the learning rate after that, to 0
     training: TrainingParams = TrainingParams(kimg=7800, batch_size=12, ema_kimg=83.2, ema_rampup=None)
+
+    @model_validator(mode='after')
+    def _one_second_answer(self):
+        if self.learned_variance and (self.gated or self.process != 'ddpm'): raise ValueError('learned_variance: belongs to the process ddpm without gated')
+        return self
 
 # %% ../../nbs/generators/50_diffusion.ipynb #cc99fe8d
 SIGMA_DATA = 0.5
@@ -62,7 +69,7 @@ def ddpm_scales(
     "Prediction of the noise as in Ho et al. 2020, written as preconditioning."
     return torch.ones_like(sigma), -sigma, (1 + sigma**2).rsqrt(), torch.searchsorted(levels, sigma * 0.999999)
 
-# %% ../../nbs/generators/50_diffusion.ipynb #19928284
+# %% ../../nbs/generators/50_diffusion.ipynb #0e033c29
 class Diffusion(Generator):
     "A diffusion model of annotated slices."
     def __init__(
@@ -72,26 +79,31 @@ class Diffusion(Generator):
     ):
         super().__init__(params, resolution)
         self.shape, first = (self.channels, resolution, resolution), resolution // params.patch
-        self.network = self.averaged = Denoiser(self.channels, self.channels * (1 + params.gated), params.channels, params.multipliers, params.blocks,
+        self.network = self.averaged = Denoiser(self.channels, self.channels * (2 if params.gated or params.learned_variance else 1), params.channels, params.multipliers, params.blocks,
                                                 [first // size for size in params.attention if size <= first], params.heads, params.dropout, params.patch, params.coordinates)
-        self.register_buffer('levels', torch.from_numpy(alphas_to_sigmas(linear_alphas(params.steps))).float(), persistent=False)
+        levels = alphas_to_sigmas(linear_alphas(params.steps))
+        self.register_buffer('levels', torch.from_numpy(levels).float(), persistent=False)
+        self.register_buffer('back', torch.from_numpy(steps_back(levels)).float(), persistent=False)
 
     def scales(self, sigma: Tensor) -> list[Tensor]:
         "c_skip, c_out, c_in (B, 1, 1, 1) and c_noise (B,) at levels (B,)."
         *scales, level = edm_scales(sigma) if self.params.process == 'edm' else ddpm_scales(sigma, self.levels)
         return [s.view(-1, 1, 1, 1) for s in scales] + [level]
 
-    def predict(self, x: Tensor, level: Tensor) -> Tensor:
-        "What the network answers (B, 5, H, W) for scaled images at levels c_noise (B,)."
+    def predict(self, x: Tensor, level: Tensor) -> tuple[Tensor, Tensor|None]:
+        "What the network answers (B, 5, H, W) for scaled images at levels c_noise (B,), and what it says of the variance."
         answer = self.network(x, level).float()
-        if not self.params.gated: return answer
-        answer, gate = answer.chunk(2, dim=1)
-        return answer + gate * x
+        if not (self.params.gated or self.params.learned_variance): return answer, None
+        answer, second = answer.chunk(2, dim=1)
+        return (answer + second * x, None) if self.params.gated else (answer, second)
 
-    def denoise(self, x: Tensor, sigma: float) -> Tensor:
-        "Estimate of the clean images in x = clean + sigma * noise, clipped to their range (Karras et al. 2022, eq. 7)."
+    def estimate(self, x: Tensor, sigma: float) -> tuple[Tensor, Tensor|None]:
+        "Estimate of the clean images in x = clean + sigma * noise, clipped to their range (Karras et al. 2022, eq. 7), and what the network says of the variance."
         skip, out, scale, level = self.scales(torch.full((len(x),), float(sigma), device=x.device))
-        return torch.clamp(skip * x + out * self.predict(scale * x, level), -self.gain, self.gain)
+        answer, v = self.predict(scale * x, level)
+        return torch.clamp(skip * x + out * answer, -self.gain, self.gain), v
+
+    def denoise(self, x: Tensor, sigma: float) -> Tensor: return self.estimate(x, sigma)[0]
 
     def loss(self, batch: Tensor, step: int) -> tuple[Tensor, dict]:
         "Squared error of the network's prediction at random noise levels."
@@ -104,11 +116,20 @@ class Diffusion(Generator):
         return self.levels[torch.randint(len(self.levels), (n,), device=self.gain.device)]
 
     def error(self, clean: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
-        "Mean squared error of each image (B,), given its level (B,) and noise."
+        "Mean squared error of each image (B,), given its level (B,) and noise; with a learnt variance, and the bound in bits a value."
         skip, out, scale, level = self.scales(sigma)
         x = clean + sigma.view(-1, 1, 1, 1) * noise
         target = (clean - skip * x) / out if self.params.process == 'edm' else noise
-        return (self.predict(scale * x, level) - target).square().mean(dim=(1, 2, 3))
+        answer, v = self.predict(scale * x, level)
+        error = (answer - target).square().mean(dim=(1, 2, 3))
+        return error if v is None else error + self.bits(clean, (skip * x + out * answer).detach(), v, level)
+
+    def bits(self, clean: Tensor, estimate: Tensor, v: Tensor, step: Tensor) -> Tensor:
+        "The variational bound of each image (B,), bits a value; it teaches the variance alone (Nichol and Dhariwal 2021, section 3.1)."
+        kept, small, large = self.back[step].T[..., None, None, None]
+        deviation = learned_deviation(v, small, large)
+        bits = torch.where(step.view(-1, 1, 1, 1) > 0, divergence((1 - kept) * (clean - estimate), small, deviation), grey_value_bits(clean, estimate, deviation))
+        return bits.mean(dim=(1, 2, 3))
 
     def phases(self) -> list[Phase]:
         p = self.params
@@ -123,7 +144,11 @@ class Diffusion(Generator):
     def generate_chunk(self, seed: int, numbers: Sequence[int]) -> Tensor:
         levels = self.sampling_levels()
         start = math.hypot(1, levels[0]) if self.params.process == 'ddpm' else levels[0]    # a variance-preserving state starts with unit variance
-        return SAMPLERS[self.params.sampler](self.denoise, start * self.noise(seed, numbers, self.shape), levels, lambda step: self.noise(seed, numbers, self.shape, step + 1))
+        first, said = start * self.noise(seed, numbers, self.shape), []
+        def fresh(step): return self.noise(seed, numbers, self.shape, step + 1)
+        if not (self.params.learned_variance and self.params.sampler == 'ancestral'): return SAMPLERS[self.params.sampler](self.denoise, first, levels, fresh)
+        def denoise(x, sigma): estimate, said[:] = (answers := self.estimate(x, sigma))[0], answers[1:]; return estimate
+        return ancestral(denoise, first, levels, fresh, lambda small, large: learned_deviation(said[0], small, large))
 
 def learning_rate_factor(
     progress: float,    # 0 to 1

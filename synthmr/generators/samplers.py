@@ -45,7 +45,7 @@ def karras_sigmas(
     "Noise levels of Karras et al. 2022, equation 5."
     return (largest**(1 / rho) + np.linspace(0, 1, steps) * (least**(1 / rho) - largest**(1 / rho)))**rho
 
-# %% ../../nbs/generators/11_samplers.ipynb #04e682e0
+# %% ../../nbs/generators/11_samplers.ipynb #cef8cd13
 Denoise = Callable[[Tensor, float], Tensor]     # (x, sigma) -> estimate of the clean image
 Noise = Callable[[int], Tensor]                 # number of the step -> normal noise in the shape of x
 
@@ -64,12 +64,13 @@ def ancestral(
     x: Tensor,              # (B, ...) noise of level sigmas[0]
     sigmas: np.ndarray,     # decreasing levels, all positive
     noise: Noise,
-    variance: Literal['large', 'small']='large',
+    variance: Literal['large', 'small']|Callable='large',   # which of the limits; or a function of both, (small, large) -> deviation
 ) -> Tensor:                # clean images
     "Ancestral sampling of DDPM (Ho et al. 2020, algorithm 2)."
     for i, (sigma, lower) in enumerate(zip(sigmas[:-1], sigmas[1:])):
-        kept, deviation = posterior(sigma, lower, variance)
-        x = kept * x + (1 - kept) * denoise(x, sigma) + deviation * noise(i)
+        kept, estimate = posterior(sigma, lower)[0], denoise(x, sigma)
+        limits = {name: posterior(sigma, lower, name)[1] for name in ('small', 'large')}
+        x = kept * x + (1 - kept) * estimate + (variance(**limits) if callable(variance) else limits[variance]) * noise(i)
     return denoise(x, sigmas[-1])
 
 # %% ../../nbs/generators/11_samplers.ipynb #9bd7cf05
