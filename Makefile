@@ -19,7 +19,7 @@ $(READY): requirements.lock settings.ini setup.py
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
 
-demo: $(READY) ## the study on simulated patients: one table, one page (about a quarter of an hour on two cores)
+demo: $(READY) ## the study on simulated patients: one table, one page (about twenty minutes on two cores)
 	synthmr study $(STUDY)
 
 test: $(READY) ## every notebook and every test
