@@ -23,14 +23,18 @@ def resampling_matrix(
     raised[torch.arange(size), torch.arange(size) * up] = up
     return F.conv1d(F.pad(raised, padding)[:, None], taps.flip(0)[None, None])[:, 0, ::down].T.contiguous()
 
-# %% ../../nbs/generators/21_resampling.ipynb #c308dfe2
+# %% ../../nbs/generators/21_resampling.ipynb #73dd25a7
 def resample(
     x: Tensor,          # (..., H, W)
     rows: Tensor,       # (H', H)
     columns: Tensor,    # (W', W)
 ) -> Tensor:            # (..., H', W')
-    "Apply one matrix along each axis of images."
-    return ((x @ columns.to(x.dtype).T).transpose(-1, -2) @ rows.to(x.dtype).T).transpose(-1, -2)
+    "Apply one matrix along each axis of images; their memory format stays."
+    rows, columns = rows.to(x.dtype), columns.to(x.dtype)
+    if x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+        b, c, h, w = x.shape
+        return (rows @ (columns @ x.permute(0, 2, 3, 1)).reshape(b, h, -1)).view(b, len(rows), len(columns), c).permute(0, 3, 1, 2)
+    return ((x @ columns.T).transpose(-1, -2) @ rows.T).transpose(-1, -2)
 
 class Resample(nn.Module):
     "Resampling of square images with a separable filter."

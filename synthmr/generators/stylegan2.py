@@ -20,7 +20,7 @@ from .layers import SQRT2, EqualConv2d, EqualLinear, Mapping, lrelu, minibatch_s
 from .resampling import Resample
 from ..training import Phase, TrainingParams
 
-# %% ../../nbs/generators/32_stylegan2.ipynb #9417b6a4
+# %% ../../nbs/generators/32_stylegan2.ipynb #15c752a5
 BINOMIAL = torch.tensor([1., 3., 3., 1.]) / 8
 
 class StyledConv(nn.Module):
@@ -42,10 +42,9 @@ class StyledConv(nn.Module):
     def forward(self, x: Tensor, w: Tensor, noise: str) -> Tensor:
         x = modulated_conv2d(x, self.weight, self.affine(w), gain=SQRT2, up=self.filter is not None)
         if self.filter: x = self.filter(x)
-        bias = self.bias.view(1, -1, 1, 1)
-        if noise == 'const': bias = bias + self.constant * self.strength
-        if noise == 'random': bias = bias + torch.randn(len(x), 1, *x.shape[2:], device=x.device) * self.strength
-        return lrelu(x + (SQRT2 * bias).to(x.dtype))
+        if noise == 'const': x = x + (SQRT2 * self.strength * self.constant).to(x.dtype)
+        if noise == 'random': x = x + (SQRT2 * self.strength * torch.randn(len(x), 1, *x.shape[2:], device=x.device)).to(x.dtype)
+        return lrelu(x + (SQRT2 * self.bias).to(x.dtype)[:, None, None])
 
 class ToImage(nn.Module):
     "Features to an image, by a modulated 1x1 convolution without demodulation."
@@ -58,7 +57,7 @@ class ToImage(nn.Module):
         image = modulated_conv2d(x, self.weight, self.affine(w), demodulate=False, gain=1 / math.sqrt(x.shape[1]))
         return image.float() + self.bias.view(1, -1, 1, 1)
 
-# %% ../../nbs/generators/32_stylegan2.ipynb #3203c59d
+# %% ../../nbs/generators/32_stylegan2.ipynb #f6b075f7
 class StyleGAN2Generator(nn.Module):
     "Latent vectors to images, with skip connections (Karras et al. 2020, figures 2d and 7b)."
     def __init__(
@@ -82,7 +81,7 @@ class StyleGAN2Generator(nn.Module):
 
     def synthesis(self, ws: Tensor, noise: Literal['const', 'random', 'none']='const') -> Tensor:
         "Styles (B, styles, width) to images (B, channels, H, W)."
-        x = self.convs[0](self.constant.expand(len(ws), -1, -1, -1), ws[:, 0], noise)
+        x = self.convs[0](self.constant.expand(len(ws), -1, -1, -1).contiguous(memory_format=torch.channels_last), ws[:, 0], noise)
         image = self.images[0](x, ws[:, 1])
         for k, (up, conv, to_image, double) in enumerate(zip(self.ups, self.convs[1:], self.images[1:], self.doubles)):
             x = conv(up(x, ws[:, 2*k + 1], noise), ws[:, 2*k + 2], noise)
@@ -92,7 +91,7 @@ class StyleGAN2Generator(nn.Module):
     def forward(self, z: Tensor, truncation: float=1., noise: str='const') -> Tensor:
         return self.synthesis(self.mapping(z, truncation)[:, None].expand(-1, self.styles, -1), noise)
 
-# %% ../../nbs/generators/32_stylegan2.ipynb #da74f00a
+# %% ../../nbs/generators/32_stylegan2.ipynb #570ebec4
 class DownBlock(nn.Module):
     "Residual block that halves the resolution."
     def __init__(self, inputs: int, outputs: int, size: int):
@@ -122,7 +121,7 @@ class StyleGAN2Discriminator(nn.Module):
         self.conv, self.dense, self.out = EqualConv2d(last + 1, last, bias_gain=SQRT2), EqualLinear(last * 16, last, bias_gain=SQRT2), EqualLinear(last, 1, gain=1.)
 
     def forward(self, images: Tensor) -> Tensor:    # (B, channels, H, W) -> (B, 1)
-        x = self.blocks(lrelu(self.from_image(images)))
+        x = self.blocks(lrelu(self.from_image(images.contiguous(memory_format=torch.channels_last))))
         x = lrelu(self.conv(minibatch_std(x, self.group)))
         return self.out(lrelu(self.dense(x.flatten(1))))
 
