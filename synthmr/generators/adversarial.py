@@ -117,6 +117,8 @@ class GANParams(GeneratorParams):
 
 class GAN(Generator):
     "A generator and a discriminator; a subclass has `generator_loss` and `discriminator_loss`."
+    condition: tuple = ()   # what the discriminator is told beside the images
+
     def __init__(
         self,
         params: GANParams,
@@ -144,7 +146,7 @@ class GAN(Generator):
     def judge(self, images: Tensor, eager: bool=False) -> Tensor:
         "Logits (B, 1) in fp32; `eager`: as what can be differentiated twice."
         if self.augment: images = self.augment(images)
-        return (self.discriminator.forward if eager else self.discriminator)(images).float()
+        return (self.discriminator.forward if eager else self.discriminator)(images, *self.condition).float()
 
     def compare(self, batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         "Logits of real and of as many generated images, and those images, for the discriminator's loss."

@@ -241,9 +241,8 @@ class GrowingGAN(GAN):
 
     def real(self, batch: Tensor) -> Tensor: return fade(super().real(batch), self.level)
 
-    def judge(self, images: Tensor, eager: bool=False) -> Tensor:
-        if self.augment: images = self.augment(images)
-        return (self.discriminator.forward if eager else self.discriminator)(images, self.level).float()
+    @property
+    def condition(self): return (self.level,)
 
     def phases(self) -> list[Phase]:
         p, phases = self.params, super().phases()
