@@ -130,19 +130,21 @@ def dice_by_subject(
     axes[0].set_ylim(0, 1); axes[1].set_ylim(bottom=0)
     return figure
 
-# %% ../nbs/03_plots.ipynb #dafc7362
+# %% ../nbs/03_plots.ipynb #19667b26
 def relative_dice(
-    rows: pd.DataFrame,     # one row a training: `mixture`, `generator`, `segmenter`, `relative_dice`
+    rows: pd.DataFrame,     # one row a training: `mixture`, `generator`, `segmenter`, `augmentation`, `relative_dice`
     width: float=7,         # inches
 ) -> plt.Figure:
-    "Relative Dice of every training; dots are trainings, bars their mean."
+    "Relative Dice of every training, one panel for each segmenter with and without augmentation; dots are trainings, bars their mean."
     label = rows.apply(lambda r: 'real only' if r.mixture == 'real' else f"{r.generator} {'+ real' if r.mixture == 'both' else 'only'}", axis=1)
     rows = rows.assign(label=label, mixture=pd.Categorical(rows.mixture, list(MIXTURE_COLOURS))).sort_values('mixture', kind='stable')
-    order = list(dict.fromkeys(rows.label))
-    figure, axis = plt.subplots(figsize=(width, 0.8 + 0.28 * len(order)))
-    sns.stripplot(rows, y='label', x='relative_dice', hue='mixture', palette=MIXTURE_COLOURS, order=order, size=6, alpha=0.8, jitter=0.12, ax=axis)
-    for y, name in enumerate(order): axis.vlines(rows.relative_dice[rows.label == name].mean(), y - 0.3, y + 0.3, color='black', lw=1.5)
-    axis.axvline(1, color='grey', lw=0.8, ls=':')
-    axis.set(ylabel='', xlabel='relative Dice', xlim=(0, np.nanmax([1.1, *(rows.relative_dice * 1.05)])))
-    axis.get_legend().remove()
+    order, panels = list(dict.fromkeys(rows.label)), list(rows.groupby(['segmenter', 'augmentation'], sort=False))
+    figure, axes = plt.subplots(1, len(panels), figsize=(width, 0.9 + 0.28 * len(order)), sharex=True, sharey=True, squeeze=False)
+    for axis, ((segmenter, augmentation), part) in zip(axes[0], panels):
+        sns.stripplot(part, y='label', x='relative_dice', hue='mixture', palette=MIXTURE_COLOURS, order=order, size=6, alpha=0.8, jitter=0.12, ax=axis)
+        for y, name in enumerate(order): axis.vlines(part.relative_dice[part.label == name].mean(), y - 0.3, y + 0.3, color='black', lw=1.5)
+        axis.axvline(1, color='grey', lw=0.8, ls=':')
+        axis.set(ylabel='', xlabel='relative Dice', xlim=(0, np.nanmax([1.1, *(rows.relative_dice * 1.05)])))
+        axis.set_title(f"{segmenter}, {'augmented' if augmentation else 'not augmented'}", fontsize=8)
+        axis.get_legend().remove()
     return figure

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHANNELS', 'SEQUENCES', 'CLASSES', 'ANNOTATION_VALUES', 'annotation_to_classes', 'classes_to_annotation', 'to_float',
-           'to_uint8', 'StoreError', 'StoreWriter', 'SliceStore', 'epoch_order', 'batch_order', 'batches']
+           'to_uint8', 'StoreError', 'StoreWriter', 'SliceStore', 'epoch_order', 'batch_order', 'batches', 'pool']
 
 # %% ../nbs/01_slices.ipynb #b8ef97b6
 import fcntl
@@ -160,7 +160,7 @@ def _write_json(path: Path, value):
 
 def _read_json(path: Path): return json.loads(path.read_text(encoding='utf-8'))
 
-# %% ../nbs/01_slices.ipynb #71744899
+# %% ../nbs/01_slices.ipynb #25a057da
 class SliceStore:
     "A slice store, or the part of one that `where` selects."
     def __init__(self, path: Path, images: np.ndarray, slices: pd.DataFrame, meta: dict):
@@ -189,7 +189,7 @@ class SliceStore:
 
     def __len__(self): return len(self.slices)
     def __repr__(self): return f"{type(self).__name__}({self.path}, {len(self)} slices, {self.meta['resolution']}x{self.meta['resolution']})"
-    def __reduce__(self): return _reopen, (self.path, self.slices)
+    def __reduce__(self): return _reopen, (self.images.stores if isinstance(self.images, _Chain) else self.path, self.slices)
 
     def __getitem__(
         self,
@@ -237,17 +237,17 @@ class SliceStore:
         "The subjects, in the order of the store."
         return self.slices.subject.drop_duplicates().tolist()
 
-# %% ../nbs/01_slices.ipynb #41b3fb01
+# %% ../nbs/01_slices.ipynb #b49d0a59
 def _why_missing(path: Path, name: str) -> str:
     "Why a store lacks a file."
     if not path.is_dir(): return 'is half written; run what makes it again, it will go on' if Path(f'{path}.partial').is_dir() else 'no such folder'
     if path.suffix == '.partial': return 'is half written; run what makes it again, it will go on'
     return f'is not a slice store: {name} is missing'
 
-def _reopen(path: Path, slices: pd.DataFrame) -> SliceStore:
+def _reopen(source: Path|list[SliceStore], slices: pd.DataFrame) -> SliceStore:
     "A pickled store is opened again, not copied, so that worker processes share its pages."
-    store = SliceStore.open(path)
-    return SliceStore(path, store.images, slices, store.meta)
+    store = pool(source) if isinstance(source, list) else SliceStore.open(source)
+    return SliceStore(store.path, store.images, slices, store.meta)
 
 # %% ../nbs/01_slices.ipynb #86c3fe11
 def epoch_order(
@@ -311,3 +311,24 @@ class _Endless(torch.utils.data.Sampler):
     "An iterator in the dress of a sampler."
     def __init__(self, order): self.order = order
     def __iter__(self): return self.order
+
+# %% ../nbs/01_slices.ipynb #4e480931
+class _Chain:
+    "The images of several stores, one behind the other, read when they are asked for."
+    def __init__(self, stores: list[SliceStore]):
+        self.stores, self.starts = stores, np.cumsum([0, *map(len, stores)])
+        self.shape, self.dtype = (int(self.starts[-1]), *stores[0].images.shape[1:]), stores[0].images.dtype
+
+    def __getitem__(self, rows) -> np.ndarray:
+        rows = np.asarray(rows)
+        if rows.ndim == 0:
+            k = np.searchsorted(self.starts, rows, side='right') - 1
+            return self.stores[k][int(rows - self.starts[k])]
+        return np.stack([self[row] for row in rows]) if len(rows) else np.empty((0, *self.shape[1:]), self.dtype)
+
+def pool(
+    stores: list[SliceStore],   # same channels and resolution
+) -> SliceStore:                # with the path and meta of the first
+    "Several stores as one in which every image counts once."
+    if len({s.images.shape[1:] for s in stores}) != 1: raise ValueError('stores of different shape cannot be pooled: ' + ', '.join(f'{s.path} {s.images.shape[1:]}' for s in stores))
+    return SliceStore(stores[0].path, _Chain(stores), pd.concat([s.slices for s in stores], ignore_index=True), stores[0].meta)
