@@ -14,7 +14,7 @@ from pathlib import Path
 from . import __version__
 from .params import ParamsError, check, load
 
-# %% ../nbs/90_cli.ipynb #91e865d1
+# %% ../nbs/90_cli.ipynb #fa15f2b3
 def _simulate(a: argparse.Namespace) -> int:
     from synthmr.data.simulated import SimulatedParams, simulate_cohort
     params = check(SimulatedParams, {'subjects': a.subjects, 'seed': a.seed, 'spacing': a.spacing, 'workers': a.workers}, 'synthmr simulate')
@@ -50,7 +50,12 @@ def _study(a: argparse.Namespace) -> int:
     print(f'\n{render_pages(study)}')
     return 0
 
-# %% ../nbs/90_cli.ipynb #5062b56f
+def _published(a: argparse.Namespace) -> int:
+    from synthmr.studies.published import write_published
+    for path in write_published(a.out): print(path)
+    return 0
+
+# %% ../nbs/90_cli.ipynb #2862172a
 def parser() -> argparse.ArgumentParser:
     "The command line of `synthmr`."
     top = argparse.ArgumentParser('synthmr', description="Can synthetic MR images be shared instead of patients' images?",
@@ -86,6 +91,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('file', metavar='FILE', type=Path, help='parameters of the study, such as params/demo/study.yaml')
     p.add_argument('--cores', metavar='N', type=int, help='processor cores to use (default: all)')
     p.add_argument('--dry-run', action='store_true', help='say what would be done')
+
+    p = verb('published', _published, "relative Dice, ranks and inconsistencies of the paper's printed tables, as CSV")
+    p.add_argument('out', metavar='OUT', type=Path, help='folder of relative_dice.csv, ranks.csv and inconsistencies.csv')
     return top
 
 # %% ../nbs/90_cli.ipynb #c2acda0a
