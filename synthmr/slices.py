@@ -262,27 +262,28 @@ def epoch_order(
     order = rng.permutation(n * len(sizes))
     return np.repeat(np.arange(len(sizes)), n)[order], np.concatenate(positions)[order]
 
-# %% ../nbs/01_slices.ipynb #e433a50c
+# %% ../nbs/01_slices.ipynb #2e1f381f
 def batch_order(
     sizes: list[int],   # number of images in each source
     batch_size: int|Iterator[int],  # of every batch, or of each batch in turn
     seed: int,
     start: int=0,       # number of images to leave out
+    per_epoch: int|None=None,   # images dealt of each epoch; None: all
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]: # source and position of each image of a batch
     "Endless batches of shuffled (source, position), any batch on its own."
     if min(sizes, default=0) == 0: raise ValueError('a training set without images')
-    per_epoch = max(sizes) * len(sizes)
+    per_epoch = per_epoch or max(sizes) * len(sizes)
     epoch, order, first = -1, None, start
     for need in itertools.repeat(batch_size) if isinstance(batch_size, int) else batch_size:
         parts = []
         while need:
-            if first // per_epoch != epoch: epoch = first // per_epoch; order = np.stack(epoch_order(sizes, seed, epoch))
+            if first // per_epoch != epoch: epoch = first // per_epoch; order = np.stack(epoch_order(sizes, seed, epoch))[:, :per_epoch]
             at = first % per_epoch
             parts.append(order[:, at:at + need])
             first += parts[-1].shape[1]; need -= parts[-1].shape[1]
         yield tuple(np.concatenate(parts, axis=1))
 
-# %% ../nbs/01_slices.ipynb #84c57741
+# %% ../nbs/01_slices.ipynb #95661a17
 class _Batches(torch.utils.data.Dataset):
     "Reads the images of a batch, given its (source, position)."
     def __init__(self, sources: list[SliceStore]): self.sources = sources
@@ -299,11 +300,12 @@ def batches(
     start: int=0,               # number of images already seen, when resuming
     workers: int=0,             # worker processes that read ahead; 0 reads in this process
     share: tuple[int, int]=(0, 1),  # (k, n): only every n-th batch, from the k-th on
+    per_epoch: int|None=None,   # images dealt of each epoch; None: all
 ) -> Iterator[torch.Tensor]:    # float32 (batch_size, C, H, W) in [-1, 1]
     "Endless shuffled batches from one or more stores."
     shapes = {s.images.shape[1:] for s in sources}
     if len(shapes) != 1: raise ValueError(f'stores of different shape cannot be mixed: {sorted(shapes)}')
-    order = itertools.islice(batch_order([len(s) for s in sources], batch_size, seed, start), share[0], None, share[1])
+    order = itertools.islice(batch_order([len(s) for s in sources], batch_size, seed, start, per_epoch), share[0], None, share[1])
     loader = torch.utils.data.DataLoader(_Batches(sources), sampler=_Endless(order), batch_size=None, num_workers=workers)
     return (to_float(batch) for batch in loader)
 

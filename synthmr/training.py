@@ -288,7 +288,7 @@ class _Run:
         _wait()
         if processes()[0] == 0: self.log.resume(self.step, state['sums'])
 
-# %% ../nbs/02_training.ipynb #b346c677
+# %% ../nbs/02_training.ipynb #75a4d0c7
 def train(
     model: Trainable,                   # on any device; its initial weights are the caller's, who seeds them
     sources: list[SliceStore],          # sampled equally often
@@ -298,19 +298,21 @@ def train(
     *,
     validate: Callable | None=None,     # model -> score, higher is better; the best weights are kept
     validate_every: float | None=None,  # kimg; None: only at the end
+    per_epoch: int | None=None,         # images seen of each epoch, such as the largest multiple of the batch; None: all, and a batch may straddle two epochs
     prepare_batch: Callable | None=None,# float batch (n, 5, H, W) on the device -> what `loss` gets, such as augmented images
     config: dict | Params | None=None,  # what config.json is to hold besides; only runtime fields of `Params` and `provenance` may differ on resume
     progress: bool=True,                # show a progress bar
 ) -> Path:                              # the folder: weights.safetensors, config.json, log.jsonl
     "Train a model, or go on with its training; a finished folder returns at once. Raises `TrainingError`."
     folder, first = Path(folder), processes()[0] == 0
-    ours = {'seed': seed, 'images': [len(s) for s in sources], 'validate_every': validate_every if validate else None, 'training': params}
+    ours = {'seed': seed, 'images': [len(s) for s in sources], 'validate_every': validate_every if validate else None, 'training': params,
+            **({'per_epoch': per_epoch} if per_epoch else {})}
     if params.accumulate % processes()[1]: raise TrainingError(f'{folder}: {processes()[1]} processes cannot share {params.accumulate} parts of a batch')
     with claim(folder, config or {}, ours) if first else nullcontext():
         if not (folder/'weights.safetensors').exists():
             run = _Run(model, params, folder, seed)
             run.resume()
-            with _training_mode(run): _loop(run, sources, validate, validate_every, prepare_batch, progress)
+            with _training_mode(run): _loop(run, sources, validate, validate_every, per_epoch, prepare_batch, progress)
             if first: write_whole(folder/'weights.safetensors', safetensors.torch.save(to_cpu(run.best_weights or run.weights())))
         if first:
             for path in folder.glob('checkpoint-*'):
@@ -319,10 +321,10 @@ def train(
     _wait()
     return folder
 
-def _loop(run: _Run, sources, validate, validate_every, prepare_batch, progress):
+def _loop(run: _Run, sources, validate, validate_every, per_epoch, prepare_batch, progress):
     "Steps until the end, with what is due in between."
     (rank, world), params, began = processes(), run.params, time.perf_counter() - run.seconds
-    numbers, stream = range(rank, params.accumulate, world), batches(sources, run.sizes(), run.seed, run.images, params.workers, (rank, world))
+    numbers, stream = range(rank, params.accumulate, world), batches(sources, run.sizes(), run.seed, run.images, params.workers, (rank, world), per_epoch)
     with tqdm(total=round(1000 * params.kimg), initial=run.images, unit='img', unit_scale=True, desc=run.folder.name, disable=not progress or rank > 0) as bar:
         while not run.done:
             run.model.begin_step(run.images)

@@ -6,7 +6,7 @@
 __all__ = ['Run', 'DataRun', 'make_data', 'GeneratorRun', 'generator_sources', 'train_generator', 'make_generator',
            'SegmenterRun', 'make_segmenter', 'facts', 'save_result']
 
-# %% ../../nbs/studies/00_runs.ipynb #84380058
+# %% ../../nbs/studies/00_runs.ipynb #9bdd9b66
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +24,7 @@ from ..generators.generator import Generator
 from ..generators.sampling import sample_store
 from ..params import Params, fingerprint, from_file, home, repository, resolved, runtime, save
 from ..provenance import provenance, save_rows
-from ..segmenters.training import UNetParams, evaluate_segmenter, load_segmenter, train_segmenter
+from ..segmenters.training import AnySegmenter, UNetParams, evaluate_segmenter, load_segmenter, train_segmenter
 from ..slices import SliceStore
 from ..training import TrainingError, load_weights, processes, train
 
@@ -126,14 +126,14 @@ def make_generator(
     meta = {key: real[key] for key in ('resolution', 'spacing', 'simulated')} | {'generator': run, 'generator_name': run.name}
     return generator, sample_store(generator, run.samples, run.images, run.seed, meta, batch_size=run.batch_size)
 
-# %% ../../nbs/studies/00_runs.ipynb #f1aaecce
+# %% ../../nbs/studies/00_runs.ipynb #a993e8ba
 class SegmenterRun(Run):
     "Train a segmenter on one training set, evaluate it in 3D on the test subjects."
     report: ClassVar[str] = 'segmenter'
     data: from_file(DataRun)
     generator: from_file(GeneratorRun)|None = None  # where synthetic slices come from
     mixture: Literal['real', 'synthetic', 'both'] = 'real'
-    segmenter: UNetParams = UNetParams()
+    segmenter: AnySegmenter = UNetParams()
     augmentation: bool = True
     seed: int = Field(0, ge=0)
     rule: Literal['paper', 'strict'] = 'paper'      # what an empty mask counts
