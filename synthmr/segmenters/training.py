@@ -7,7 +7,7 @@ __all__ = ['FAMILIES', 'AnySegmenter', 'UNetTraining', 'UNetParams', 'Segmentati
            'training_sources', 'split_validation', 'segment', 'confusion', 'dice_of_counts', 'validation_score',
            'train_segmenter', 'load_segmenter', 'segment_subject', 'evaluate_segmenter']
 
-# %% ../../nbs/segmenters/20_training.ipynb #4f8c13d3
+# %% ../../nbs/segmenters/20_training.ipynb #53ae9825
 import json
 from pathlib import Path
 from typing import Annotated, Literal
@@ -24,7 +24,7 @@ from ..params import Params, check, resolved, runtime
 from .augmentation import Augmentation, AugmentationParams, unpack, zscore
 from .swin import SwinParams, SwinSegmentation, validation_loss
 from .unet import UNet, head_weights, segmentation_loss
-from ..slices import CLASSES, SliceStore, annotation_to_classes
+from ..slices import CLASSES, SliceStore, annotation_to_classes, pool
 from ..training import Phase, Trainable, TrainingError, TrainingParams, find_device, load_weights, train
 
 # %% ../../nbs/segmenters/20_training.ipynb #595cb22a
@@ -195,7 +195,7 @@ def validation_score(
         scores.append(np.mean(by_class) if by_class else 0.)
     return float(np.mean(scores))
 
-# %% ../../nbs/segmenters/20_training.ipynb #ddfb66c9
+# %% ../../nbs/segmenters/20_training.ipynb #7dbfa6b7
 def train_segmenter(
     params: AnySegmenter,
     mixture: Literal['real', 'synthetic', 'both'],
@@ -204,12 +204,14 @@ def train_segmenter(
     folder: str|Path,           # where training goes on and ends
     seed: int,
     augment: bool=True,
+    pooled: bool=False,         # every image counts once, in place of every source the same
     config: dict|None=None,     # what config.json is to hold besides
     progress: bool=True,        # show a progress bar
 ) -> Path:                      # the folder
     "Train a segmenter on a mixture, or go on with its training; a finished folder returns at once."
     parts = [split_validation(s, params.validation_share, seed) for s in training_sources(mixture, real, synthetic)]
     sources, aside = zip(*parts)
+    if pooled: sources = [pool(list(sources))]
     timed, per_epoch = training_length(params, [len(s) for s in sources])
     with torch.random.fork_rng():
         torch.manual_seed(seed)

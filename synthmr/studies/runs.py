@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Run', 'DataRun', 'make_data', 'GeneratorRun', 'generator_sources', 'train_generator', 'make_generator',
-           'SegmenterRun', 'make_segmenter', 'facts', 'save_result']
+           'SegmenterRun', 'make_segmenter', 'save_result']
 
 # %% ../../nbs/studies/00_runs.ipynb #9bdd9b66
 import subprocess
@@ -28,7 +28,7 @@ from ..segmenters.training import AnySegmenter, UNetParams, evaluate_segmenter, 
 from ..slices import SliceStore
 from ..training import TrainingError, load_weights, processes, train
 
-# %% ../../nbs/studies/00_runs.ipynb #3ff32546
+# %% ../../nbs/studies/00_runs.ipynb #7542bbaa
 class Run(Params):
     "One execution of a report, named by its parameters."
     report: ClassVar[str]                               # template in nbs/reports
@@ -43,6 +43,11 @@ class Run(Params):
     def name(self) -> str: return f'{self.label}-{fingerprint(self)}'
     @property
     def folder(self) -> Path: return home()/self.place/self.name
+
+    @property
+    def facts(self) -> dict:
+        "What identifies the run in a table."
+        return {'run': self.name, 'dataset': self.place}
 
     def result(self, suffix: str) -> Path:
         "Where the report (`.ipynb`), its page (`.html`), table (`.csv`) and parameters (`.yaml`) of this run go."
@@ -74,7 +79,7 @@ def make_data(
     simulate_cohort(cohort, run.simulated)
     return prepare(run.model_copy(update={'nifti': str(cohort)}), run.folder)
 
-# %% ../../nbs/studies/00_runs.ipynb #fa144752
+# %% ../../nbs/studies/00_runs.ipynb #dcbbbb07
 class GeneratorRun(Run):
     "Train a generator on the training subjects, sample a synthetic store."
     report: ClassVar[str] = 'generator'
@@ -91,6 +96,8 @@ class GeneratorRun(Run):
     def needs(self) -> list[Run]: return [self.data]
     @property
     def samples(self) -> Path: return self.folder/'samples'
+    @property
+    def facts(self) -> dict: return {**super().facts, 'generator': self.label, 'seed': self.seed}
 
 def generator_sources(
     run: GeneratorRun,
@@ -126,10 +133,11 @@ def make_generator(
     meta = {key: real[key] for key in ('resolution', 'spacing', 'simulated')} | {'generator': run, 'generator_name': run.name}
     return generator, sample_store(generator, run.samples, run.images, run.seed, meta, batch_size=run.batch_size)
 
-# %% ../../nbs/studies/00_runs.ipynb #a993e8ba
+# %% ../../nbs/studies/00_runs.ipynb #fa0ae59d
 class SegmenterRun(Run):
     "Train a segmenter on one training set, evaluate it in 3D on the test subjects."
     report: ClassVar[str] = 'segmenter'
+    pooled: ClassVar[bool] = False                  # whether every image counts once, or every source the same
     data: from_file(DataRun)
     generator: from_file(GeneratorRun)|None = None  # where synthetic slices come from
     mixture: Literal['real', 'synthetic', 'both'] = 'real'
@@ -144,6 +152,14 @@ class SegmenterRun(Run):
         return f"{self.segmenter.kind}-{source}{'' if self.augmentation else '-plain'}-seed{self.seed}"
     @property
     def needs(self) -> list[Run]: return [self.data] + [self.generator] * (self.generator is not None)
+    @property
+    def facts(self) -> dict:
+        return {**super().facts, 'segmenter': self.segmenter.kind, 'mixture': self.mixture, 'generator': self.generator.label if self.generator else None,
+                'augmentation': self.augmentation, 'seed': self.seed, 'rule': self.rule}
+
+    def training_set(self, real: SliceStore) -> tuple[str, SliceStore|None, SliceStore|None]:
+        "Mixture, real and synthetic images; `real` are the slices of the training subjects."
+        return self.mixture, real, SliceStore.open(self.generator.samples) if self.generator else None
 
     @model_validator(mode='after')
     def _sources_fit(self):
@@ -151,32 +167,20 @@ class SegmenterRun(Run):
         if self.generator and self.generator.data != self.data: raise ValueError('the generator learnt from other data')
         return self
 
-# %% ../../nbs/studies/00_runs.ipynb #96da1cbe
+# %% ../../nbs/studies/00_runs.ipynb #6d9149bd
 def make_segmenter(
     run: SegmenterRun,
 ) -> tuple:     # the trained network, one row a test subject and class
     "Train, or load what was trained, and evaluate on the test subjects."
     store = SliceStore.open(run.data.folder)
-    synthetic = SliceStore.open(run.generator.samples) if run.generator else None
-    train_segmenter(run.segmenter, run.mixture, store.where(split='train'), synthetic, run.folder, run.seed, augment=run.augmentation, config={'run': run})
+    train_segmenter(run.segmenter, *run.training_set(store.where(split='train')), run.folder, run.seed, augment=run.augmentation, pooled=run.pooled, config={'run': run})
     network = load_segmenter(run.folder)
     return network, evaluate_segmenter(network, store.where(split='test'), rule=run.rule)
 
-# %% ../../nbs/studies/00_runs.ipynb #9ad3d96c
-def facts(
-    run: Run,
-) -> dict:      # column -> value
-    "What identifies a run in a table."
-    found = {'run': run.name, 'dataset': run.place}
-    if isinstance(run, GeneratorRun): found |= {'generator': run.label, 'seed': run.seed}
-    if isinstance(run, SegmenterRun):
-        found |= {'segmenter': run.segmenter.kind, 'mixture': run.mixture, 'generator': run.generator.label if run.generator else None,
-                  'augmentation': run.augmentation, 'seed': run.seed, 'rule': run.rule}
-    return found
-
+# %% ../../nbs/studies/00_runs.ipynb #c72f3a27
 def save_result(
     run: Run,
     rows: pd.DataFrame, # tidy rows of what the run found
 ) -> pd.DataFrame:      # the rows with the run's facts
     "Write the table of a run; `results/<dataset>/<name>.csv`."
-    return save_rows(rows, run.result('.csv'), **facts(run))
+    return save_rows(rows, run.result('.csv'), **run.facts)
