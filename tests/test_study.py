@@ -18,7 +18,8 @@ DATA = {'dataset': 'tiny', 'simulated': {'subjects': 6, 'seed': 3, 'spacing': 4}
 GENERATOR = {'kind': 'diffusion', 'process': 'edm', 'channels': 8, 'multipliers': [1], 'blocks': 1, 'attention': [], 'patch': 2, 'sampler': 'dpm_solver', 'sampling_steps': 4,
              'training': {'kimg': 0.5, 'batch_size': 16}}
 SEGMENTER = {'kind': 'unet', 'levels': 3, 'filters': 8, 'optimiser': 'adamw', 'learning_rate': 0.01, 'validate_every': 0.5, 'training': {'kimg': 1.5, 'batch_size': 8}}
-STUDY = {'data': DATA, 'generators': [{'data': DATA, 'generator': GENERATOR, 'images': 40}], 'segmenters': [{'data': DATA, 'segmenter': SEGMENTER}], 'augmentation': [True], 'seeds': [0]}
+STUDY = {'data': DATA, 'generators': [{'data': DATA, 'generator': GENERATOR, 'images': 40}], 'segmenters': [{'data': DATA, 'segmenter': SEGMENTER}], 'augmentation': [True], 'seeds': [0],
+         'evaluation': {'memorization': {'percentile': 90}, 'fidelity': [{'replicates': 10}]}}
 
 @pytest.fixture(scope='module')
 def place(tmp_path_factory):
@@ -48,7 +49,7 @@ def test_it_ends_with_the_table_and_the_page(place, done):
 
 def test_every_report_has_figures_rows_and_parameters(place, done):
     reports = sorted((place/'results'/'tiny').glob('*.ipynb'))
-    assert len(reports) == 1 + 1 + 3 + 1
+    assert len(reports) == 1 + 1 + 3 + 1 + 1
     for report in reports:
         cells = json.loads(report.read_text())['cells']
         outputs = [o for c in cells for o in c.get('outputs', [])]
@@ -76,7 +77,7 @@ def test_a_touched_parameter_reruns_what_depends_on_it(place, done):
     assert dry.returncode == 0
     runs = {r.name: r.report for r in all_runs(old)}
     planned = {name for name in runs if f' {name}' in dry.stdout + dry.stderr}
-    assert sorted(runs[name] for name in planned) == ['comparison', 'generator', 'segmenter', 'segmenter']     # not the data, not the real-only segmenter
+    assert sorted(runs[name] for name in planned) == ['comparison', 'evaluation', 'generator', 'segmenter', 'segmenter']     # not the data, not the real-only segmenter
 
 def test_papermill_by_hand(place, done):
     data = place/'data.yaml'
