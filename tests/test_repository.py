@@ -13,13 +13,17 @@ import pytest
 from synthmr.generators.families import FAMILIES
 from synthmr.params import load
 from synthmr.segmenters.training import FAMILIES as SEGMENTERS
+from synthmr.studies.ensemble import EnsembleStudy
+from synthmr.studies.evaluation import EvaluationRun
+from synthmr.studies.pools import PooledRun
+from synthmr.studies.ratio import RatioStudy
 from synthmr.studies.runs import DataRun, GeneratorRun, SegmenterRun
 from synthmr.studies.study import Study
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
-TEMPLATES = {'prepare': DataRun, 'generator': GeneratorRun, 'segmenter': SegmenterRun, 'comparison': Study}
-KINDS = {'data': DataRun, **dict.fromkeys(FAMILIES, GeneratorRun), **dict.fromkeys(SEGMENTERS, SegmenterRun), 'study': Study}
+TEMPLATES = {run.report: run for run in (DataRun, GeneratorRun, PooledRun, EvaluationRun, Study, RatioStudy, EnsembleStudy)}   # the segmenter's report takes a pool, too
+KINDS = {'data': DataRun, **dict.fromkeys(FAMILIES, GeneratorRun), **dict.fromkeys(SEGMENTERS, SegmenterRun), 'study': Study, 'ratio': RatioStudy, 'ensemble': EnsembleStudy}
 
 def cells(path: Path) -> list[dict]:
     "The cells of a notebook, sources joined."
