@@ -69,6 +69,15 @@ def test_again_does_nothing(place, done):
     assert again.returncode == 0 and stamps(place) == before and 'Nothing to be done' in again.stderr
     assert again.stdout.splitlines()[-1] == done.stdout.splitlines()[-1]
 
+def test_what_is_finished_is_not_done_again_for_a_report_that_is_missing(place, done):
+    "Evaluations leave no artefact: that theirs is absent does not make them unfinished."
+    table = next((place/'results'/'tiny').glob('comparison-*.csv'))
+    aside = table.rename(table.with_suffix('.aside'))
+    dry = run(place, STUDY, '--dry-run')
+    aside.rename(table)
+    reports = {r.name: r.report for r in all_runs(load(Study, place/'study.yaml'))}
+    assert dry.returncode == 0 and {reports[n] for n in reports if f' {n}' in dry.stdout + dry.stderr} == {'comparison'}
+
 def test_a_touched_parameter_reruns_what_depends_on_it(place, done):
     changed = json.loads(json.dumps(STUDY))
     changed['generators'][0]['images'] = 50

@@ -115,6 +115,7 @@ class GANParams(GeneratorParams):
         "Channels of the layers at 4, 8, ..., `resolution` pixels."
         return {2**k: min(self.channel_base // 2**k, self.channel_max) for k in range(2, resolution.bit_length())}
 
+# %% ../../nbs/generators/25_adversarial.ipynb #7740f108
 class GAN(Generator):
     "A generator and a discriminator; a subclass has `generator_loss` and `discriminator_loss`."
     condition: tuple = ()   # what the discriminator is told beside the images
@@ -168,6 +169,7 @@ class GAN(Generator):
         "Images (n, channels, H, W) from latent vectors, after training."
         return self.generator(z)
 
+# %% ../../nbs/generators/25_adversarial.ipynb #e6292916
 def signs(
     real: Tensor,
     fake: Tensor,

@@ -150,6 +150,7 @@ class Diffusion(Generator):
         def denoise(x, sigma): estimate, said[:] = (answers := self.estimate(x, sigma))[0], answers[1:]; return estimate
         return ancestral(denoise, first, levels, fresh, lambda small, large: learned_deviation(said[0], small, large))
 
+# %% ../../nbs/generators/50_diffusion.ipynb #6dd3b528
 def learning_rate_factor(
     progress: float,    # 0 to 1
     warmup: float,      # share of training

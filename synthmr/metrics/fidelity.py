@@ -167,10 +167,11 @@ def fidelity(
     synthetic: SliceStore,  # images of a generator
     params: FidelityParams,
     progress: bool=True,    # show progress bars
+    reference: Summary|None=None,   # of those real images, where they were summarised before
 ) -> pd.DataFrame:          # the rows of `compare`, `label`, and what each depends on: features, weights, sequence, reference, numbers of images, seed
     "All measures of a synthetic store against a real one."
     real = real.where(split=params.reference) if 'split' in real.slices else real
-    a, b = (summarise(extractor, store, params, which, progress) for which, store in enumerate((real, synthetic)))
+    a, b = reference or summarise(extractor, real, params, 0, progress), summarise(extractor, synthetic, params, 1, progress)
     rows = compare(a, b, params, extractor.record.get('no_score', ''), progress)
     rows.insert(0, 'label', [_label(m, extractor.record['kind']) for m in rows.metric])
     features = {k: v for k, v in extractor.record.items() if k != 'no_score'}

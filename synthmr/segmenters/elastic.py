@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from torch import Generator, Tensor
 
 from ..params import Params
-from .augmentation import Probability, Range, gamma, warp
+from .augmentation import Probability, Range, check_limits, gamma, warp
 
 # %% ../../nbs/segmenters/12_elastic.ipynb #9c0fbf02
 def _bspline(x: np.ndarray) -> np.ndarray:
@@ -58,9 +58,7 @@ class SwinAugmentationParams(Params):
 
     @model_validator(mode='after')
     def _ranges(self):
-        for name, least in (('rotation', -180), ('scale', 0.1), ('gamma', 0.05)):
-            low, high = getattr(self, name)
-            if not least <= low <= high: raise ValueError(f'{name}: ({low:g}, {high:g}) are not limits, from the lower to the higher and from {least:g} up')
+        check_limits(self, rotation=-180, scale=0.1, gamma=0.05)
         return self
 
 # %% ../../nbs/segmenters/12_elastic.ipynb #89400962

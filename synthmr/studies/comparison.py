@@ -14,11 +14,12 @@ SETTING = ['dataset', 'segmenter', 'generator', 'mixture', 'augmentation']  # wh
 TRAINING = [*SETTING, 'seed']                                               # what identifies one training
 
 def trainings(
-    rows: pd.DataFrame, # one row a test subject and class: the columns of `TRAINING`, `subject`, `class`, `dice`, `hausdorff`
+    rows: pd.DataFrame, # one row a test subject and class: the columns `by`, `subject`, `class`, `dice`, `hausdorff`
+    by: list[str]=TRAINING, # columns that identify a training
 ) -> pd.DataFrame:      # one row a training: `dice_<class>`, `hausdorff_<class>`, their means, `subjects`, `undefined`
     "Mean over subjects for each class, then over classes."
-    groups = rows.groupby(TRAINING, dropna=False, sort=False)
-    by_class = rows.groupby([*TRAINING, 'class'], dropna=False, sort=False)[['dice', 'hausdorff']].mean().unstack('class')
+    groups = rows.groupby(by, dropna=False, sort=False)
+    by_class = rows.groupby([*by, 'class'], dropna=False, sort=False)[['dice', 'hausdorff']].mean().unstack('class')
     wide = by_class.set_axis([f'{metric}_{name}' for metric, name in by_class.columns], axis=1)
     for metric in ('dice', 'hausdorff'): wide[f'{metric}_mean'] = by_class[metric].mean(axis=1, skipna=False)
     wide['subjects'] = groups.subject.nunique()

@@ -13,7 +13,7 @@ import pandas as pd
 from pydantic import Field, model_validator
 
 from ..metrics.features import Extractor, open_extractor
-from ..metrics.fidelity import FidelityParams, fidelity
+from ..metrics.fidelity import FidelityParams, fidelity, summarise
 from ..metrics.memorization import Calibration, MemorizationParams, memorization, summary
 from ..params import Params, from_file
 from ..segmenters.consistency import label_consistency
@@ -32,6 +32,7 @@ class EvaluationParams(Params):
 class EvaluationRun(Run):
     "Judge the images of a generator, with a segmenter that was trained on real ones."
     report: ClassVar[str] = 'evaluation'
+    artefact: ClassVar[bool] = False
     data: from_file(DataRun)
     generator: from_file(GeneratorRun)
     segmenter: from_file(SegmenterRun)
@@ -67,7 +68,8 @@ def make_evaluation(
     train, test = real.where(split='train'), real.where(split='test')
     parts, network = [], load_segmenter(run.segmenter.folder)
     for p, extractor in extractors(run):
-        for images, store in (('synthetic', synthetic), ('held-out', test)): parts.append(fidelity(extractor, real, store, p, progress).assign(images=images))
+        reference = summarise(extractor, real.where(split=p.reference), p, progress=progress)
+        for images, store in (('synthetic', synthetic), ('held-out', test)): parts.append(fidelity(extractor, real, store, p, progress, reference).assign(images=images))
     for images, store in (('synthetic', synthetic), ('held-out', test)):
         found = label_consistency(network, store, progress=progress).rename(columns={'dice': 'value', 'units': 'n_synthetic'})
         parts.append(found.drop(columns='images').assign(images=images, metric='label_consistency', label='label consistency'))

@@ -32,6 +32,7 @@ from ..training import TrainingError, load_weights, processes, train
 class Run(Params):
     "One execution of a report, named by its parameters."
     report: ClassVar[str]                               # template in nbs/reports
+    artefact: ClassVar[bool] = True                     # leaves something in its folder, beside its report
 
     @property
     def label(self) -> str: raise NotImplementedError   # what a person calls it

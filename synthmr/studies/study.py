@@ -27,6 +27,7 @@ from .runs import DataRun, GeneratorRun, Run, SegmenterRun
 # %% ../../nbs/studies/20_study.ipynb #7cd997d8
 class Grid(Run):
     "Runs that are compared: what a study is to Snakemake."
+    artefact: ClassVar[bool] = False
     data: from_file(DataRun)
     threads: dict[Literal['prepare', 'generator', 'segmenter', 'evaluation', 'comparison', 'ratio', 'ensemble'], int] = runtime({'prepare': 2, 'generator': 2, 'segmenter': 1, 'comparison': 1})
 
@@ -34,6 +35,14 @@ class Grid(Run):
     def cells(self) -> list[SegmenterRun]: raise NotImplementedError
     @property
     def needs(self) -> list[Run]: return self.cells
+
+    @model_validator(mode='after')
+    def _one_data_set(self):
+        for name in ('generator', 'generators', 'segmenter', 'segmenters'):
+            value = getattr(self, name, [])
+            for key, run in [(f'{name}.{i}', run) for i, run in enumerate(value)] if isinstance(value, list) else [(name, value)]:
+                if run.data != self.data: raise ValueError(f"{key}: its data differ from the study's")
+        return self
 
     def table(self) -> pd.DataFrame:
         "One row a training."
@@ -60,9 +69,6 @@ class Study(Grid):
 
     @model_validator(mode='after')
     def _fits(self):
-        for kind in ('generators', 'segmenters'):
-            for i, run in enumerate(getattr(self, kind)):
-                if run.data != self.data: raise ValueError(f"{kind}.{i}: its data differ from the study's")
         if 'real' not in self.mixtures or True not in self.augmentation: raise ValueError('relative Dice needs the mixture real, with augmentation')
         return self
 
@@ -103,7 +109,7 @@ def all_runs(
 
 # %% ../../nbs/studies/20_study.ipynb #5ba7ea43
 def template(
-    report: str,    # 'prepare', 'generator', 'segmenter' or 'comparison'
+    report: str,    # such as 'generator'
 ) -> Path:
     "The notebook of a report: in `nbs/reports` of the repository, or as the installed package carries it."
     here = Path(__file__).resolve().parents[2] if '__file__' in globals() else repository()
@@ -138,7 +144,7 @@ def lost(
 ) -> list[Run]: # in the order of the graph
     "Finished runs whose artefact is gone while a run that needs it is not finished."
     done = {run.name: run.result('.csv').is_file() for run in all_runs(study)}
-    gone = {run.name for run in all_runs(study) if done[run.name] and not (isinstance(run, Grid) or run.folder.is_dir())}
+    gone = {run.name for run in all_runs(study) if done[run.name] and run.artefact and not run.folder.is_dir()}
     return [run for run in all_runs(study) if run.name in gone and any(not done[r.name] and run in r.needs for r in all_runs(study))]
 
 def snakemake_command(
