@@ -23,11 +23,11 @@ setup(
     classifiers=['Intended Audience :: Science/Research', 'Programming Language :: Python :: 3', 'Topic :: Scientific/Engineering :: Medical Science Apps.'],
     python_requires='>=' + s['min_python'],
     install_requires=s['requirements'].split(),
-    extras_require={'dev': s['dev_requirements'].split()},
+    extras_require={'dev': s['dev_requirements'].split(), 'slurm': s['slurm_requirements'].split()},
     # The report templates are notebooks of `nbs/reports`; an installed package carries them as `synthmr.templates`.
     packages=[*find_packages(include=['synthmr', 'synthmr.*']), 'synthmr.templates'],
     package_dir={'synthmr.templates': 'nbs/reports'},
-    package_data={'synthmr': ['data/splits/*.csv', 'data/published/*', 'studies/Snakefile'], 'synthmr.templates': ['*.ipynb']},
+    package_data={'synthmr': ['data/splits/*.csv', 'data/published/*', 'studies/Snakefile', 'studies/profiles/*/*.yaml'], 'synthmr.templates': ['*.ipynb']},
     entry_points={'console_scripts': s['console_scripts'].split()},
     zip_safe=False,
 )

@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['load_study', 'parser', 'main']
 
-# %% ../nbs/90_cli.ipynb #5ea752ee
+# %% ../nbs/90_cli.ipynb #e2bfc310
 import argparse
 import logging
 import sys
+import tempfile
 from pathlib import Path
 
 from . import __version__
 from .params import ParamsError, check, load, read_yaml
 
-# %% ../nbs/90_cli.ipynb #44196225
+# %% ../nbs/90_cli.ipynb #97ebc040
 def _simulate(a: argparse.Namespace) -> int:
     from synthmr.data.simulated import SimulatedParams, simulate_cohort
     params = check(SimulatedParams, {'subjects': a.subjects, 'seed': a.seed, 'spacing': a.spacing, 'workers': a.workers}, 'synthmr simulate')
@@ -52,21 +53,39 @@ def load_study(
     return load(kinds[kind], path)
 
 def _study(a: argparse.Namespace) -> int:
+    from synthmr.studies.status import missing, states, status_text
     from synthmr.studies.study import render_pages, run_study
     study = load_study(a.file)
-    code = run_study(study, a.cores, ('--dry-run',) if a.dry_run else ())
-    if code or a.dry_run: return code
-    print(f'\n{study.place}: mean ± standard deviation over trainings' + (', SIMULATED patients' if study.data.simulated else ''))
+    code = run_study(study, a.cores, (*a.snakemake, *(['--dry-run'] if a.dry_run else [])), a.profile, a.jobs)
+    if a.dry_run: return code
+    lacking = missing(study)
+    if len(lacking):
+        print('\n' + status_text(states(study)))
+        study = study.model_copy(update={'incomplete': True})
+        if not study.result('.csv').is_file(): return code or 1
+    print(f'\n{study.place}: mean ± standard deviation over trainings' + (', SIMULATED patients' if study.data.simulated else '') + (f', INCOMPLETE: {len(lacking)} runs are missing' if len(lacking) else ''))
     print(study.answer().to_string(index=False))
     print(f'\n{render_pages(study)}')
+    return code
+
+def _status(a: argparse.Namespace) -> int:
+    from synthmr.studies.status import states, status_text
+    print(status_text(states(load_study(a.file))))
     return 0
+
+def _reproduce(a: argparse.Namespace) -> int:
+    from synthmr.studies.reproduce import reproduce, reproduced
+    found = reproduce(a.row, a.out or Path(tempfile.mkdtemp(prefix='synthmr-')), a.here)
+    print(found.to_string(index=False))
+    print('\nreproduced: every value is the same' if reproduced(found) else '\nNOT the same: see the columns in which rows differ')
+    return 0 if reproduced(found) else 1
 
 def _published(a: argparse.Namespace) -> int:
     from synthmr.studies.published import write_published
     for path in write_published(a.out): print(path)
     return 0
 
-# %% ../nbs/90_cli.ipynb #2862172a
+# %% ../nbs/90_cli.ipynb #ce858a4e
 def parser() -> argparse.ArgumentParser:
     "The command line of `synthmr`."
     top = argparse.ArgumentParser('synthmr', description="Can synthetic MR images be shared instead of patients' images?",
@@ -101,7 +120,18 @@ def parser() -> argparse.ArgumentParser:
     p = verb('study', _study, 'carry out a study, or what of it is not done yet; ends with its table and page')
     p.add_argument('file', metavar='FILE', type=Path, help='parameters of the study, such as params/demo/study.yaml')
     p.add_argument('--cores', metavar='N', type=int, help='processor cores to use (default: all)')
+    p.add_argument('--profile', metavar='P', help="where jobs run: slurm, slurm-no-accounting, or a Snakemake profile of one's own (default: this machine)")
+    p.add_argument('--jobs', metavar='N', type=int, help='jobs at a time on a cluster (default: what the profile says)')
     p.add_argument('--dry-run', action='store_true', help='say what would be done')
+    p.add_argument('snakemake', metavar='-- ARGUMENTS', nargs='*', help='for Snakemake, such as -- --default-resources slurm_partition=gpu')
+
+    p = verb('status', _status, 'how far a study is: what is done, what runs, what failed and why')
+    p.add_argument('file', metavar='FILE', type=Path, help='parameters of the study')
+
+    p = verb('reproduce', _reproduce, 'do the run of a result row again, with the code and parameters that made it, and compare')
+    p.add_argument('row', metavar='ROW', help='results/…/NAME.csv, or NAME.csv:ROW for one of its rows')
+    p.add_argument('--out', metavar='FOLDER', type=Path, help='where the work is done; empty (default: a temporary folder)')
+    p.add_argument('--here', action='store_true', help="with the code at hand instead of that of the row's commit")
 
     p = verb('published', _published, "relative Dice, ranks and inconsistencies of the paper's printed tables, as CSV")
     p.add_argument('out', metavar='OUT', type=Path, help='folder of relative_dice.csv, ranks.csv and inconsistencies.csv')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EvaluationParams', 'EvaluationRun', 'extractors', 'make_evaluation']
 
-# %% ../../nbs/studies/18_evaluation.ipynb #e1b63ad4
+# %% ../../nbs/studies/18_evaluation.ipynb #98b9f642
 from typing import ClassVar
 
 import numpy as np
@@ -20,9 +20,9 @@ from ..segmenters.consistency import label_consistency
 from ..segmenters.features import segmenter_extractor
 from ..segmenters.training import load_segmenter
 from ..slices import SliceStore
-from .runs import DataRun, GeneratorRun, Run, SegmenterRun
+from .runs import DataRun, GeneratorRun, Resources, Run, SegmenterRun
 
-# %% ../../nbs/studies/18_evaluation.ipynb #cea77067
+# %% ../../nbs/studies/18_evaluation.ipynb #19cf5a39
 class EvaluationParams(Params):
     "How images are judged."
     fidelity: list[FidelityParams] = [FidelityParams()]         # one entry for each network whose features are compared
@@ -43,6 +43,8 @@ class EvaluationRun(Run):
     @property
     def needs(self) -> list[Run]: return [self.data, self.generator, self.segmenter]
     @property
+    def asks(self) -> Resources: return self.segmenter.asks.model_copy(update={'hours': 12, 'threads': 1})
+    @property
     def facts(self) -> dict: return {**super().facts, 'generator': self.generator.label, 'seed': self.generator.seed}
 
     @model_validator(mode='after')
@@ -52,7 +54,7 @@ class EvaluationRun(Run):
         if self.segmenter.mixture != 'real': raise ValueError(f'segmenter: is to be trained on real images, not on {self.segmenter.mixture!r}')
         return self
 
-# %% ../../nbs/studies/18_evaluation.ipynb #f102957b
+# %% ../../nbs/studies/18_evaluation.ipynb #7f94b2ee
 def extractors(
     run: EvaluationRun,
 ) -> list[tuple[FidelityParams, Extractor]]:
