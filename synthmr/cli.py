@@ -85,7 +85,7 @@ def _published(a: argparse.Namespace) -> int:
     for path in write_published(a.out): print(path)
     return 0
 
-# %% ../nbs/90_cli.ipynb #ce858a4e
+# %% ../nbs/90_cli.ipynb #f675bb6a
 def parser() -> argparse.ArgumentParser:
     "The command line of `synthmr`."
     top = argparse.ArgumentParser('synthmr', description="Can synthetic MR images be shared instead of patients' images?",
@@ -123,7 +123,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--profile', metavar='P', help="where jobs run: slurm, slurm-no-accounting, or a Snakemake profile of one's own (default: this machine)")
     p.add_argument('--jobs', metavar='N', type=int, help='jobs at a time on a cluster (default: what the profile says)')
     p.add_argument('--dry-run', action='store_true', help='say what would be done')
-    p.add_argument('snakemake', metavar='-- ARGUMENTS', nargs='*', help='for Snakemake, such as -- --default-resources slurm_partition=gpu')
+    p.set_defaults(snakemake=())    # what stands behind --, see `main`
+    p.epilog = 'What stands behind -- goes to Snakemake: synthmr study FILE --profile slurm -- --default-resources slurm_partition=gpu'
 
     p = verb('status', _status, 'how far a study is: what is done, what runs, what failed and why')
     p.add_argument('file', metavar='FILE', type=Path, help='parameters of the study')
@@ -137,12 +138,17 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('out', metavar='OUT', type=Path, help='folder of relative_dice.csv, ranks.csv and inconsistencies.csv')
     return top
 
-# %% ../nbs/90_cli.ipynb #c2acda0a
+# %% ../nbs/90_cli.ipynb #27ccf497
 def main(
     arguments: list[str]|None=None, # the command line; `sys.argv` where None
 ) -> int:                           # exit code: 0 done, 1 unusable data or failed work, 2 wrong parameters
     "Run one `synthmr` command."
-    a = parser().parse_args(arguments)
+    given, for_snakemake = list(sys.argv[1:] if arguments is None else arguments), []
+    if '--' in given: at = given.index('--'); given, for_snakemake = given[:at], given[at + 1:]
+    a = parser().parse_args(given)
+    if for_snakemake:
+        if not hasattr(a, 'snakemake'): parser().error('only `study` takes arguments for Snakemake, behind --')
+        a.snakemake = tuple(for_snakemake)
     logging.basicConfig(level=logging.WARNING, format='%(message)s')
     try: return a.run(a)
     except ParamsError as e: print(f'synthmr: {e}', file=sys.stderr); return 2
