@@ -83,7 +83,7 @@ def class_legend(axis: plt.Axes, **kw):
     "The colours of the classes as a legend of `axis`."
     axis.legend(handles=[plt.matplotlib.patches.Patch(color=colour, label=name) for name, colour in CLASS_COLOURS.items()], **kw)
 
-# %% ../nbs/03_plots.ipynb #8b5998e5
+# %% ../nbs/03_plots.ipynb #3dcc3f42
 def segmentations(
     images: np.ndarray,     # uint8 (n, 5, H, W)
     predicted: np.ndarray|dict[str, np.ndarray], # class indices (n, H, W); of several segmenters by name
@@ -95,7 +95,7 @@ def segmentations(
     pictures = {'FLAIR': overlay(images[:, 3], np.zeros_like(annotation)), 'annotation': overlay(images[:, 1], annotation),
                 **{name: overlay(images[:, 1], p) for name, p in (predicted if several else {'segmented': predicted}).items()}}
     lines, columns = [*pictures], [*labels, *[''] * (len(images) - len(labels))][:len(images)]
-    if several: lines, columns = columns, lines
+    if several: lines, columns, width = columns, lines, min(width, 1.2 * len(pictures))
     figure, axes = plt.subplots(len(lines), len(columns), figsize=(width, 0.3 + width * len(lines) / len(columns)), squeeze=False)
     for row, kind in zip(axes.T if several else axes, pictures.values()):
         for axis, picture in zip(row, kind): axis.imshow(picture, interpolation='nearest'); axis.set(xticks=[], yticks=[]); sns.despine(ax=axis, left=True, bottom=True)
@@ -239,23 +239,23 @@ def fidelity_against_dice(
     figure.legend(handles=marks, loc='outside lower center', ncols=4, fontsize=8)
     return figure
 
-# %% ../nbs/03_plots.ipynb #b8b43344
+# %% ../nbs/03_plots.ipynb #9ab842b6
 def published_beside(
     rows: pd.DataFrame,     # what `published.beside_published` gives
     width: float=7.5,       # inches
 ) -> plt.Figure:
     "Published relative Dice against reproduced; colours are generators, hollow marks hold real images, squares no augmentation, a cross a printed mean that contradicts its classes."
     rows = rows[rows.mixture != 'real']
-    groups = list(rows.groupby(['segmenter', 'published'], sort=False))
-    lines = rows.segmenter.nunique()
-    figure, axes = plt.subplots(lines, -(-len(groups) // lines), figsize=(width, 0.6 + 3.1 * lines), sharex=True, sharey=True, squeeze=False)
-    for axis, ((segmenter, published), part) in zip(axes.flat, groups):
+    lines, columns = dict.fromkeys(rows.segmenter), dict.fromkeys(rows.published)
+    figure, axes = plt.subplots(len(lines), len(columns), figsize=(width, 0.6 + 3.1 * len(lines)), sharex=True, sharey=True, squeeze=False)
+    for axis, (segmenter, published) in zip(axes.flat, [(s, p) for s in lines for p in columns]):
+        part = rows[(rows.segmenter == segmenter) & (rows.published == published)]
         axis.axline((0, 0), slope=1, color='grey', lw=0.8, ls=':')
         for x, y, generator, mixture, augmentation, doubtful in zip(part.relative_dice_published, part.relative_dice_reproduced, part.generator, part.mixture, part.augmentation, part.doubtful):
             colour = GENERATOR_COLOURS.get(generator, 'black')
             axis.scatter(x, y, s=34, marker='o' if augmentation else 's', linewidths=1.4, edgecolors=colour, facecolors=colour if mixture == 'synthetic' else 'none')
             if doubtful: axis.scatter(x, y, s=26, marker='x', color='black', linewidths=1)
-        axis.set(xlabel=f'relative Dice, published ({DATASET_NAMES.get(published, published)})', ylabel='relative Dice (ours)' if axis in axes[:, 0] else ''); axis.margins(0.06)
+        axis.set(xlabel=f'relative Dice, published ({DATASET_NAMES.get(published, published)})' if axis in axes[-1] else '', ylabel='relative Dice (ours)' if axis in axes[:, 0] else ''); axis.margins(0.06)
         axis.set_title(SEGMENTER_NAMES.get(segmenter, segmenter), loc='left')
     def mark(label, colour='#4D4D4D', marker='o', filled=True, cross=False): return plt.Line2D([], [], ls='', marker='x' if cross else marker, color=colour, mfc=colour if filled else 'white', label=label)
     marks = [*(mark(GENERATOR_NAMES.get(g, g), GENERATOR_COLOURS.get(g, 'black')) for g in sorted(set(rows.generator), key=list(GENERATOR_NAMES).index)), mark('synthetic only'), mark('with real images', filled=False), mark('no augmentation', marker='s')]
