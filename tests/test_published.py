@@ -7,7 +7,7 @@ import pytest
 
 from synthmr.cli import main
 from synthmr.studies.comparison import relative, summary, trainings
-from synthmr.studies.published import (ROW, TABLES, beside, inconsistencies, printed, published_fidelity, published_ranks, published_relative_dice,
+from synthmr.studies.published import (ROW, TABLES, beside, beside_published, beside_table, inconsistencies, printed, published_fidelity, published_ranks, published_relative_dice,
                                        published_summary, recomputed, wrong_means, write_published)
 
 GENERATORS = ['progressive_gan', 'stylegan1', 'stylegan2', 'stylegan3', 'diffusion']
@@ -93,6 +93,30 @@ def test_beside_joins_every_published_setting():
     assert len(both) == 44 and len(unet) == 22 and unet.drop(columns='relative_dice_sd_reproduced').notna().all(axis=None)
     assert np.allclose(unet.dice_mean_reproduced, 0.55) and both[both.segmenter == 'swin'].dice_mean_reproduced.isna().all()
     assert unet[(unet.mixture == 'real') & unet.augmentation.astype(bool)].dice_mean_published.item() == 0.795
+
+def as_reproduced(dataset: str) -> pd.DataFrame:
+    "A published data set in the place of a reproduction."
+    return relative(published_summary()).query('dataset == @dataset')
+
+def test_beside_both_data_sets_of_the_paper():
+    both = beside_published(as_reproduced('brats2020'))
+    assert both.published.value_counts().to_dict() == {'brats2020': 44, 'brats2021': 44}
+    same = both[both.published == 'brats2020']
+    assert (same.relative_dice_published == same.relative_dice_reproduced).all() and (same.hausdorff_mean_published == same.hausdorff_mean_reproduced).all()
+    assert both[both.doubtful][['published', 'segmenter', 'generator', 'mixture', 'augmentation']].values.tolist() == [['brats2021', 'unet', 'stylegan1', 'both', True]]
+
+def test_beside_as_a_table_in_the_order_of_the_paper():
+    table = beside_table(beside_published(as_reproduced('brats2020')))
+    assert table.columns.tolist() == list(itertools.product(('relative Dice', 'mean Dice', 'mean Hausdorff (mm)'), ('BraTS 2020', 'BraTS 2021', 'ours')))
+    assert [tuple(i) for i in table.index[:7]] == [('U-Net', 'yes', 'yes', g) for g in ('none', 'Progressive GAN', 'StyleGAN 1', 'StyleGAN 2', 'StyleGAN 3', 'Diffusion')] + [('U-Net', 'yes', 'no', 'none')]
+    assert table.loc[('Swin', 'no', 'no', 'Diffusion'), [(m, c) for m in ('mean Dice', 'mean Hausdorff (mm)') for c in ('BraTS 2020', 'ours')]].tolist() == ['0.664', '0.664', '20.8', '20.8']
+    starred = table[table.map(lambda t: t.endswith('*'))].stack([0, 1], future_stack=True).dropna()
+    assert starred.to_dict() == {('U-Net', 'yes', 'yes', 'StyleGAN 1', 'relative Dice', 'BraTS 2021'): '1.226*', ('U-Net', 'yes', 'yes', 'StyleGAN 1', 'mean Dice', 'BraTS 2021'): '0.975*'}
+    assert len(table) == 44
+
+def test_a_generator_that_the_paper_lacks_is_left_out():
+    ours = as_reproduced('brats2020').replace({'generator': {'stylegan2': 'my_gan'}})
+    assert len(beside_published(ours)) == 2 * (44 - 8) and 'my_gan' not in set(beside_published(ours).generator)
 
 def test_the_command_writes_three_tables(tmp_path, capsys):
     assert main(['published', str(tmp_path/'out')]) == 0

@@ -6,9 +6,9 @@ import pandas as pd
 import pytest
 from scipy.stats import permutation_test, spearmanr
 
-from synthmr.studies.comparison import ranks, relative, summary, trainings
-from synthmr.studies.correlation import assignments, correlations, redrawn, spearman, spearman_p
-from synthmr.studies.published import published_fidelity, published_summary
+from synthmr.studies.comparison import judged_table, judged_values, metric_table, rank_table, ranks, relative, summary, trainings
+from synthmr.studies.correlation import agreement, assignments, correlations, redrawn, spearman, spearman_p
+from synthmr.studies.published import beside_published, published_fidelity, published_summary
 from synthmr.studies.statistics import (as_array, holm, intervals, paired_tests, printed_means, rank_stability, relative_means, resampled_means, sign_flip_p,
                                         weighted_means)
 
@@ -117,6 +117,41 @@ def test_spearman_p_against_scipys_permutations(ties):
     expected = permutation_test((x,), lambda a: spearmanr(a, y).statistic, permutation_type='pairings', n_resamples=np.inf)
     centred = np.mean(np.abs(expected.null_distribution) >= abs(expected.statistic) - 1e-9)
     assert np.isclose(spearman_p(x, y), centred)
+
+def test_p_of_a_mean_correlation_counts_every_permutation():
+    "x is permuted alike in all settings."
+    x, y = np.random.default_rng(3).normal(size=(2, 3, 5))
+    means = [np.mean([spearmanr(a[list(order)], b).statistic for a, b in zip(x, y)]) for order in itertools.permutations(range(5))]
+    assert np.isclose(spearman_p(x, y), np.mean(np.abs(means) >= abs(means[0]) - 1e-9))
+    assert np.isclose(spearman_p(x[0], y), spearman_p(np.tile(x[0], (3, 1)), y))
+
+def test_agreement_is_spearmans_of_each_ranking():
+    table = relative(published_summary())
+    found = agreement(beside_published(table[table.dataset == 'brats2020']))
+    swin = found[(found.published == 'brats2021') & (found.segmenter == 'swin') & (found.augmentation == True)].iloc[0]     # noqa: E712, '' stands for the mean
+    dice = table[(table.segmenter == 'swin') & (table.mixture == 'synthetic') & table.augmentation].pivot(index='generator', columns='dataset', values='relative_dice')
+    assert np.isclose(swin.rho, spearmanr(dice.brats2020, dice.brats2021).statistic) and swin.n == 5
+    other = found[found.published == 'brats2021']
+    assert np.isclose(other.rho.iloc[-1], other.rho.iloc[:-1].mean()) and (other.p >= 1/120 - 1e-12).all()
+    assert len(agreement(beside_published(table[(table.dataset == 'brats2020') & (table.mixture != 'synthetic')]))) == 0
+
+def test_the_papers_tables_from_its_own_numbers():
+    "Published values in our columns come out as they are printed, in the printed order."
+    table = relative(published_summary())
+    part = table[table.dataset == 'brats2020'].assign(relative_dice_sd=np.nan)
+    dice, hausdorff = metric_table(part), metric_table(part, 'hausdorff')
+    assert dice['mean'].iloc[0] == '0.729 ± 0.004' and hausdorff['ED'].iloc[0] == '33.8 ± 3.4' and dice['relative Dice'].iloc[0] == '1.000' and len(dice) == len(hausdorff) == 44
+    printed = [f'{m:.3f} ± {s:.3f}' for m, s in zip(part.dice_mean, part.dice_mean_sd)]
+    assert dice['mean'].tolist() == printed     # the CSV has the paper's order
+    ranked = rank_table(part.sample(frac=1, random_state=0), pd.DataFrame())
+    assert ranked.loc[('mean Dice', 'Swin', 'no'), ['Progressive GAN', 'StyleGAN 1', 'StyleGAN 2', 'StyleGAN 3', 'Diffusion']].tolist() == [3.5, 5, 2, 3.5, 1]
+
+def test_undefined_metrics_of_images_are_shown_and_not_ranked():
+    judged = pd.DataFrame([{'dataset': 'd', 'generator': g, 'images': i, 'metric': m, 'label': m, 'class': np.nan, 'value': v, 'low': v, 'high': v} for g, x in (('stylegan3', 2.), ('diffusion', 1.))
+                           for i in ('synthetic', 'held-out') for m, v in (('frechet_distance', x if i == 'synthetic' else 0.), ('inception_score', np.nan))])
+    assert judged_table(judged, ('frechet_distance', 'inception_score')).to_numpy().tolist() == [['2.000 [2.000, 2.000]', '–'], ['1.000 [1.000, 1.000]', '–'], ['0.000 [0.000, 0.000]', '–']]
+    assert judged_values(judged).to_dict() == {'frechet_distance': {'stylegan3': 2, 'diffusion': 1, 'held-out': 0}}
+    assert rank_table(published_summary().query("mixture == 'real'"), judged).to_numpy().tolist() == [[2, 1]]
 
 def test_assignments_stay_within_groups():
     groups = np.array([0, 1, 0, 1, 0])

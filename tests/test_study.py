@@ -1,6 +1,7 @@
 "A study end to end: papermill reports through Snakemake, nothing done twice, a touched parameter reruns what depends on it."
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,7 @@ def test_it_ends_with_the_table_and_the_page(place, done):
     page = Path(done.stdout.strip().splitlines()[-1])
     text = page.read_text()
     assert page.suffix == '.html' and 'data:image/png;base64' in text and 'relative Dice' in text
+    for wanted in [*(f'Table {n}' for n in range(2, 8)), *(f'Figure {n}' for n in range(1, 5)), 'Published beside reproduced']: assert re.search(rf'<h2[^>]*>[^<]*{wanted}', text), wanted
 
 def test_every_report_has_figures_rows_and_parameters(place, done):
     reports = sorted((place/'results'/'tiny').glob('*.ipynb'))

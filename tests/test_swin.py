@@ -16,7 +16,9 @@ from synthmr.segmenters.swin import Swin, SwinParams, SwinSegmentation, decay_gr
 from synthmr.segmenters.training import (Segmentation, UNetParams, confusion, dice_of_counts, evaluate_segmenter, load_segmenter, segment, split_validation, train_segmenter,
                                          training_length, unpack)
 from synthmr.slices import annotation_to_classes, batch_order, to_float
-from synthmr.studies.runs import SegmenterRun
+from synthmr.studies.evaluation import make_evaluation
+from synthmr.studies.runs import SegmenterRun, make_data, make_generator, make_segmenter
+from synthmr.studies.study import Study
 from synthmr.training import TrainingError
 
 STILL = dict(rotation=(0, 0), scale=(1, 1), flip_probability=0, gamma=(1, 1), displacement=0)
@@ -280,3 +282,16 @@ def test_a_trained_unet_is_found_behind_the_same_door(real, tmp_path):
     p = UNetParams(levels=2, filters=4, optimiser='adamw', validate_every=1, training={'kimg': 0.05, 'batch_size': 8, 'precision': 'fp32', 'device': 'cpu'})
     folder = train_segmenter(p, 'real', real, None, tmp_path/'run', 0, progress=False)
     assert isinstance(load_segmenter(folder), Segmentation) and 'per_epoch' not in json.loads((folder/'config.json').read_text())
+
+def test_a_study_whose_first_segmenter_is_a_swin_judges_with_it(tmp_path, monkeypatch):
+    monkeypatch.setenv('SYNTHMR_HOME', str(tmp_path))
+    data = {'dataset': 'tiny', 'simulated': {'subjects': 6, 'seed': 3, 'spacing': 4}, 'resolution': 16, 'test_share': 0.34}
+    generator = {'kind': 'stylegan2', 'latents': 8, 'width': 8, 'mapping_layers': 1, 'channel_base': 64, 'channel_max': 8, 'path_weight': 0, 'training': {'kimg': 0.1, 'batch_size': 8}}
+    segmenter = {'kind': 'swin', 'patch': 2, 'window': 4, 'channels': 8, 'depths': [1, 1, 1], 'heads': [1, 2, 4], 'head_channels': 8, 'auxiliary_channels': 8, 'warmup': 2, 'training': {'kimg': 0.1}}
+    study = Study.model_validate({'data': data, 'generators': [{'data': data, 'generator': generator, 'images': 40}], 'segmenters': [{'data': data, 'segmenter': segmenter}], 'seeds': [0],
+                                  'evaluation': {'memorization': {'percentile': 90}, 'fidelity': [{'replicates': 10}]}})
+    run = study.evaluations[0]
+    make_data(run.data); make_generator(run.generator); make_segmenter(run.segmenter)
+    rows = make_evaluation(run, progress=False)[0]
+    distances = rows[rows.metric == 'frechet_distance']
+    assert run.segmenter.segmenter.kind == 'swin' and distances.value.notna().all() and set(distances.layer) == {'network.head.bottleneck'}

@@ -5,19 +5,20 @@
 # %% auto #0
 __all__ = ['deepest_layer', 'segmenter_extractor']
 
-# %% ../../nbs/segmenters/45_features.ipynb #b1214658
+# %% ../../nbs/segmenters/45_features.ipynb #e746a04c
 import hashlib
 from pathlib import Path
 
 from ..metrics.features import Extractor, SegmenterFeatures, layer_means
-from .training import Segmentation, load_segmenter
+from .training import load_segmenter
+from ..training import Trainable
 
-# %% ../../nbs/segmenters/45_features.ipynb #ec582d2e
+# %% ../../nbs/segmenters/45_features.ipynb #2a603d6e
 def deepest_layer(
-    model: Segmentation,
-) -> str:   # name of a module in it
-    "The last activation of the U-Net's deepest level, before its norm."
-    return f'network.down.{len(model.network.down) - 1}.4'
+    model: Trainable,   # a segmenter of either family
+) -> str:               # name of a module in it that gives maps (B, channels, h, w)
+    "The last activation of the U-Net's deepest level, before its norm; of the Swin transformer where its head takes up the deepest stage."
+    return 'network.head.bottleneck' if model.params.kind == 'swin' else f'network.down.{len(model.network.down) - 1}.4'
 
 # %% ../../nbs/segmenters/45_features.ipynb #09e5173f
 def segmenter_extractor(
