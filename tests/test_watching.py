@@ -5,14 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
 from PIL import Image
+from torch import nn
 
 from synthmr.generators.families import FAMILIES, build_generator
 from synthmr.segmenters.training import Segmentation
 from synthmr.training import Phase, Trainable, load_weights, train
 from synthmr.watching import read_events
-from test_gans import COMMON, GROWTH, MODELS, lines, store     # noqa: F401 (a fixture)
+from test_gans import COMMON, MODELS, lines, store     # noqa: F401 (store is a fixture)
 
 DIFFUSION = {'process': 'ddpm', 'channels': 8, 'multipliers': [1, 2], 'blocks': 1, 'attention': [8], 'heads': 2, 'dropout': 0.1}
 KINDS = {**MODELS, 'diffusion': DIFFUSION}
