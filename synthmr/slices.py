@@ -4,20 +4,24 @@
 
 # %% auto #0
 __all__ = ['CHANNELS', 'SEQUENCES', 'CLASSES', 'ANNOTATION_VALUES', 'annotation_to_classes', 'classes_to_annotation', 'to_float',
-           'to_uint8', 'StoreError', 'StoreWriter', 'SliceStore', 'epoch_order', 'batch_order', 'batches', 'pool']
+           'to_uint8', 'image_hashes', 'content_fingerprint', 'StoreError', 'StoreWriter', 'ImageFile', 'SliceStore',
+           'epoch_order', 'batch_order', 'batches', 'pool']
 
-# %% ../nbs/01_slices.ipynb #b8ef97b6
+# %% ../nbs/01_slices.ipynb #7f045d3c
 import fcntl
+import hashlib
 import itertools
 import json
+import math
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+
+from .files import append_whole, full_disk_is, give_name, write_whole
 
 # %% ../nbs/01_slices.ipynb #a10b9de9
 CHANNELS = ('T1w', 'T1wGd', 'T2w', 'FLAIR', 'annotation')  # order of the channels in a store
@@ -53,13 +57,28 @@ def to_uint8(
     grey[:, -1] = classes_to_annotation(annotation_to_classes(grey[:, -1]))
     return (grey + 0.5).astype(np.uint8)
 
+# %% ../nbs/01_slices.ipynb #255bdef0
+def image_hashes(
+    images: np.ndarray, # uint8 (n, C, H, W)
+) -> bytes:             # 16 for each image
+    "The first half of the SHA-256 of each image."
+    return b''.join(hashlib.sha256(image).digest()[:16] for image in np.ascontiguousarray(images))
+
+def content_fingerprint(
+    shape: tuple[int, ...], # C, H, W
+    hashes: bytes,          # of the images in their order
+    table: bytes,           # slices.csv
+) -> str:                   # 16 hexadecimal digits
+    "Short hash of what a store holds."
+    return hashlib.sha256(f'{tuple(shape)}'.encode() + hashlib.sha256(hashes).digest() + table).hexdigest()[:16]
+
 # %% ../nbs/01_slices.ipynb #8bea079e
 class StoreError(RuntimeError):
     "A folder that is not a whole slice store: the message names the folder and the reason."
 
 _HEADER = 128 # bytes reserved for the npy header, whose shape is known only at the end
 
-# %% ../nbs/01_slices.ipynb #83df6df9
+# %% ../nbs/01_slices.ipynb #1b0029ea
 class StoreWriter:
     "Writes a slice store group by group; resumes where an earlier writer was killed."
     def __init__(
@@ -72,9 +91,12 @@ class StoreWriter:
         if self.path.exists(): raise StoreError(f'{path}: exists already')
         self.shape = (len(channels), meta['resolution'], meta['resolution'])
         self.meta = {'format': 'synthmr slice store 1', 'channels': list(channels), 'annotation_values': list(ANNOTATION_VALUES), **meta}
-        self.partial.mkdir(parents=True, exist_ok=True)
-        self._lock()
-        self._resume()
+        with self._space():
+            self.partial.mkdir(parents=True, exist_ok=True)
+            self._lock()
+            self._resume()
+
+    def _space(self): return full_disk_is(StoreError, self.partial, 'free some space and run the same again: it goes on after the last whole group')
 
     def _lock(self):
         "Two writers at once would ruin the store: the second process is refused."
@@ -84,26 +106,30 @@ class StoreWriter:
 
     def _resume(self):
         "Open the files; keep what the journal knows and cut off the rest. What was begun as another store is not touched."
-        started, self.rows, self.done, self.notes = self.partial/'started.json', [], set(), {}
+        started, self.rows, self.done, self.notes, self.hashes = self.partial/'started.json', [], set(), {}, bytearray()
         if not started.is_file(): _write_json(started, self.meta)
         begun, meta = _read_json(started), _plain(self.meta)
         if other := sorted(k for k in {*begun, *meta} if begun.get(k) != meta.get(k)):
             raise StoreError(f"{self.partial}: was begun as another store ({', '.join(other)}); remove it or choose another folder")
-        self.images = open(self.partial/'images.npy', 'ab')
-        self.journal = open(self.partial/'journal.jsonl', 'ab+')
-        self.journal.seek(0)
-        whole = 0
-        for line in self.journal:
-            if not line.endswith(b'\n'): break
-            group = json.loads(line)
-            if self._bytes(len(self.rows) + len(group['rows'])) > self.images.tell(): break
-            self.rows += group['rows']; self.done.add(group['name']); self.notes[group['name']] = group['note']; whole += len(line)
+        self.images, self.journal = (open(self.partial/name, 'ab', buffering=0) for name in ('images.npy', 'journal.jsonl'))
+        whole, size = 0, os.fstat(self.images.fileno()).st_size
+        with open(self.partial/'journal.jsonl', 'rb') as lines:
+            for line in lines:
+                if not line.endswith(b'\n'): break
+                group = json.loads(line)
+                if self._bytes(len(self.rows) + len(group['rows'])) > size: break
+                self.hashes += bytes.fromhex(group['hashes']) if 'hashes' in group else self._hashes_on_disk(len(group['rows']))
+                self.rows += group['rows']; self.done.add(group['name']); self.notes[group['name']] = group['note']; whole += len(line)
         self.journal.truncate(whole)
         self.images.truncate(max(self._bytes(len(self.rows)), _HEADER)) # the first time this reserves the header
 
     def _bytes(self, n: int) -> int:
         "Size of images.npy with `n` images."
         return _HEADER + n * int(np.prod(self.shape))
+
+    def _hashes_on_disk(self, n: int) -> bytes:
+        "Hashes of the next `n` images, which an older version wrote without."
+        return image_hashes(np.fromfile(self.partial/'images.npy', np.uint8, n * int(np.prod(self.shape)), offset=self._bytes(len(self.rows))).reshape(n, *self.shape))
 
     def append(
         self,
@@ -112,24 +138,30 @@ class StoreWriter:
         rows: list[dict],   # n rows of slices.csv
         note=None,          # plain data about the group; `notes` holds it again after a resume
     ):
-        "Add one group of slices, all or nothing."
+        "Add one group of slices, all or nothing; raises `StoreError` where the disk is full."
         images = np.ascontiguousarray(images)
         if name in self.done: raise ValueError(f'{name}: written already')
         if images.dtype != np.uint8 or images.shape != (len(rows), *self.shape):
             raise ValueError(f'{name}: expected {len(rows)} images uint8 {self.shape}, got {images.dtype} {images.shape}')
-        self.images.write(images.data); _to_disk(self.images)
-        self.journal.write(json.dumps({'name': name, 'rows': _plain(rows), 'note': _plain(note)}).encode() + b'\n'); _to_disk(self.journal)
-        self.rows += rows; self.done.add(name)
+        hashes = image_hashes(images)
+        line = json.dumps({'name': name, 'rows': _plain(rows), 'note': _plain(note), 'hashes': hashes.hex()}).encode() + b'\n'
+        with self._space():
+            append_whole(self.images, images.reshape(-1).data)
+            try: append_whole(self.journal, line)
+            except BaseException: self.images.truncate(self._bytes(len(self.rows))); raise
+        self.rows += rows; self.done.add(name); self.hashes += hashes
 
     def finish(self, **meta) -> 'SliceStore':
-        "Write header, table and meta; rename the folder; return the opened store."
+        "Write header, table and meta; rename the folder; return the opened store. Raises `StoreError` where the disk is full."
         header = {'descr': '|u1', 'fortran_order': False, 'shape': (len(self.rows), *self.shape)}
-        with open(self.partial/'images.npy', 'r+b') as f: f.write(_npy_header(header)); _to_disk(f)
-        pd.DataFrame(self.rows).to_csv(self.partial/'slices.csv', index=False)
-        _write_json(self.partial/'meta.json', {**self.meta, **meta})
+        table = pd.DataFrame(self.rows).to_csv(index=False).encode()
+        with self._space():
+            with open(self.partial/'images.npy', 'r+b') as f: f.write(_npy_header(header)); f.flush(); os.fsync(f.fileno())
+            write_whole(self.partial/'slices.csv', table)
+            _write_json(self.partial/'meta.json', {**self.meta, **meta, 'fingerprint': content_fingerprint(self.shape, self.hashes, table)})
+            give_name(self.partial, self.path)
+        for name in ('journal.jsonl', 'started.json', 'lock'): (self.path/name).unlink()    # only now: until it has its name, the journal is what a resume goes by
         self.close()
-        for name in ('journal.jsonl', 'started.json', 'lock'): (self.partial/name).unlink()
-        os.replace(self.partial, self.path)
         return SliceStore.open(self.path)
 
     def close(self):
@@ -139,31 +171,73 @@ class StoreWriter:
     def __enter__(self): return self
     def __exit__(self, *exception): self.close()
 
-# %% ../nbs/01_slices.ipynb #8fa79f3c
+# %% ../nbs/01_slices.ipynb #2731adc3
 def _npy_header(header: dict) -> bytes:
     "An npy header (format 1.0) padded to `_HEADER` bytes."
     text = repr(header).encode()
     return b'\x93NUMPY\x01\x00' + (_HEADER - 10).to_bytes(2, 'little') + text + b' '*(_HEADER - 11 - len(text)) + b'\n'
 
-def _to_disk(file):
-    "Flush a file to the disk, past all caches."
-    file.flush(); os.fdatasync(file.fileno())
-
 def _plain(value):
     "`value` as JSON gives it back."
     return json.loads(json.dumps(value, default=lambda v: v.item() if isinstance(v, np.generic) else str(v)))
 
-def _write_json(path: Path, value):
-    "Write a file that is whole or not there."
-    path.with_suffix('.new').write_text(json.dumps(_plain(value), indent=1) + '\n', encoding='utf-8')
-    os.replace(path.with_suffix('.new'), path)
+def _write_json(path: Path, value): write_whole(path, (json.dumps(_plain(value), indent=1) + '\n').encode())
 
 def _read_json(path: Path): return json.loads(path.read_text(encoding='utf-8'))
 
-# %% ../nbs/01_slices.ipynb #25a057da
+# %% ../nbs/01_slices.ipynb #ce473f64
+class ImageFile:
+    "The images of an npy file by position, read when they are asked for; safe to share with forked processes and threads."
+    def __init__(
+        self,
+        path: Path, # npy file of an array (N, C, H, W); raises ValueError where it is damaged
+    ):
+        self.path, self.file = path, open(path, 'rb', buffering=0)
+        version = np.lib.format.read_magic(self.file)
+        if version not in _READ_HEADER: raise ValueError(f'npy format {version}')
+        self.shape, fortran, self.dtype = _READ_HEADER[version](self.file)
+        if len(self.shape) != 4 or fortran: raise ValueError(f'shape {self.shape}' + ' in the order of Fortran' * fortran)
+        self.numbers, self.start, size = np.arange(self.shape[0]), self.file.tell(), os.fstat(self.file.fileno()).st_size
+        self.channel = self.dtype.itemsize * math.prod(self.shape[2:])      # bytes
+        needed = math.prod(self.shape[:2]) * self.channel
+        if size < self.start + needed: raise ValueError(f'{size - self.start} bytes of images, its header says {needed}')
+
+    @property
+    def ndim(self) -> int: return len(self.shape)
+    def __len__(self) -> int: return self.shape[0]
+
+    def read(
+        self,
+        row: int,           # position of the first image, from 0
+        out: np.ndarray,    # contiguous, of whole images, or with `channel` of one channel of one image; filled
+        channel: int=0,     # from which to read
+    ):
+        "Read what lies on the disk from an image on into `out`."
+        rest, at = memoryview(out).cast('B'), self.start + (int(row) * self.shape[1] + channel) * self.channel
+        while rest:
+            n = os.preadv(self.file.fileno(), (rest,), at)
+            if not n: raise StoreError(f'{self.path}: ends within image {row}')
+            rest, at = rest[n:], at + n
+
+    def __getitem__(
+        self,
+        rows,           # what selects along the first axis of an array; or a pair of that and a channel
+    ) -> np.ndarray:    # (C, H, W) or (n, C, H, W), without C where a channel is given
+        rows, channel = rows if isinstance(rows, tuple) else (rows, None)
+        wanted = self.numbers[rows]
+        each = np.atleast_1d(wanted)
+        out = np.empty((len(each), *self.shape[1 if channel is None else 2:]), self.dtype)
+        if channel is None and len(each) and (np.diff(each) == 1).all(): self.read(each[0], out)
+        else:
+            for row, image in zip(each, out): self.read(row, image, (channel or 0) % self.shape[1])
+        return out if np.ndim(wanted) else out[0]
+
+_READ_HEADER = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
+# %% ../nbs/01_slices.ipynb #ddf1cb6b
 class SliceStore:
     "A slice store, or the part of one that `where` selects."
-    def __init__(self, path: Path, images: np.ndarray, slices: pd.DataFrame, meta: dict):
+    def __init__(self, path: Path, images: 'ImageFile|_Chain', slices: pd.DataFrame, meta: dict):
         self.path, self.images, self.slices, self.meta = path, images, slices, meta
 
     @classmethod
@@ -179,7 +253,7 @@ class SliceStore:
         except ValueError: raise StoreError(f'{path}: meta.json is not valid JSON') from None
         if not str(meta.get('format') if isinstance(meta, dict) else '').startswith('synthmr slice store'):
             raise StoreError(f'{path}: meta.json is not that of a slice store')
-        try: images = np.load(path/'images.npy', mmap_mode='r', allow_pickle=False)
+        try: images = ImageFile(path/'images.npy')
         except ValueError as e: raise StoreError(f'{path}: images.npy is damaged: {e}') from None
         slices = pd.read_csv(path/'slices.csv', dtype={'subject': str})
         expected = (len(slices), len(meta['channels']), meta['resolution'], meta['resolution'])
@@ -194,9 +268,9 @@ class SliceStore:
     def __getitem__(
         self,
         i,              # integer, slice or array of integers: positions in `slices`
-    ) -> np.ndarray:    # uint8 (C, H, W) or (n, C, H, W), a copy
+    ) -> np.ndarray:    # uint8 (C, H, W) or (n, C, H, W)
         "Images by position."
-        return np.array(self.images[self.slices.index[i]])
+        return self.images[self.slices.index[i]]
 
     def where(
         self,
@@ -237,7 +311,16 @@ class SliceStore:
         "The subjects, in the order of the store."
         return self.slices.subject.drop_duplicates().tolist()
 
-# %% ../nbs/01_slices.ipynb #b49d0a59
+    @property
+    def fingerprint(self) -> str:
+        "Hash of the content of the whole store (also of a part that `where` selected), or of all parts of a pool; computed once where an older version wrote none."
+        if not isinstance(self.images, ImageFile): return self.images.fingerprint
+        if 'fingerprint' not in self.meta:
+            hashes = b''.join(image_hashes(self.images[i:i + 64]) for i in range(0, len(self.images), 64))
+            self.meta['fingerprint'] = content_fingerprint(self.images.shape[1:], hashes, (self.path/'slices.csv').read_bytes())
+        return self.meta['fingerprint']
+
+# %% ../nbs/01_slices.ipynb #8a68d67e
 def _why_missing(path: Path, name: str) -> str:
     "Why a store lacks a file."
     if not path.is_dir(): return 'is half written; run what makes it again, it will go on' if Path(f'{path}.partial').is_dir() else 'no such folder'
@@ -245,7 +328,7 @@ def _why_missing(path: Path, name: str) -> str:
     return f'is not a slice store: {name} is missing'
 
 def _reopen(source: Path|list[SliceStore], slices: pd.DataFrame) -> SliceStore:
-    "A pickled store is opened again, not copied, so that worker processes share its pages."
+    "A pickled store is opened again, not copied."
     store = pool(source) if isinstance(source, list) else SliceStore.open(source)
     return SliceStore(store.path, store.images, slices, store.meta)
 
@@ -283,14 +366,14 @@ def batch_order(
             first += parts[-1].shape[1]; need -= parts[-1].shape[1]
         yield tuple(np.concatenate(parts, axis=1))
 
-# %% ../nbs/01_slices.ipynb #95661a17
+# %% ../nbs/01_slices.ipynb #e6695467
 class _Batches(torch.utils.data.Dataset):
     "Reads the images of a batch, given its (source, position)."
     def __init__(self, sources: list[SliceStore]): self.sources = sources
     def __getitem__(self, batch):
         which, position = batch
         out = np.empty((len(which), *self.sources[0].images.shape[1:]), np.uint8)
-        for i, (s, p) in enumerate(zip(which, position)): out[i] = self.sources[s].images[self.sources[s].slices.index[p]]
+        for image, s, p in zip(out, which, position): self.sources[s].images.read(self.sources[s].slices.index[p], image)
         return torch.from_numpy(out)
 
 def batches(
@@ -314,19 +397,28 @@ class _Endless(torch.utils.data.Sampler):
     def __init__(self, order): self.order = order
     def __iter__(self): return self.order
 
-# %% ../nbs/01_slices.ipynb #4e480931
+# %% ../nbs/01_slices.ipynb #daf78a99
 class _Chain:
     "The images of several stores, one behind the other, read when they are asked for."
     def __init__(self, stores: list[SliceStore]):
         self.stores, self.starts = stores, np.cumsum([0, *map(len, stores)])
         self.shape, self.dtype = (int(self.starts[-1]), *stores[0].images.shape[1:]), stores[0].images.dtype
 
+    def read(self, row: int, out: np.ndarray):
+        "Read one image into `out`."
+        k = np.searchsorted(self.starts, row, side='right') - 1
+        self.stores[k].images.read(self.stores[k].slices.index[row - self.starts[k]], out)
+
     def __getitem__(self, rows) -> np.ndarray:
-        rows = np.asarray(rows)
-        if rows.ndim == 0:
-            k = np.searchsorted(self.starts, rows, side='right') - 1
-            return self.stores[k][int(rows - self.starts[k])]
-        return np.stack([self[row] for row in rows]) if len(rows) else np.empty((0, *self.shape[1:]), self.dtype)
+        rows = np.asarray(rows, np.intp)
+        out = np.empty((rows.size, *self.shape[1:]), self.dtype)
+        for row, image in zip(rows.reshape(-1), out): self.read(row, image)
+        return out.reshape(rows.shape + self.shape[1:])
+
+    @property
+    def fingerprint(self) -> str:
+        "Of the stores and of what is selected of each."
+        return hashlib.sha256(b''.join(s.fingerprint.encode() + s.slices.index.to_numpy(np.int64).tobytes() for s in self.stores)).hexdigest()[:16]
 
 def pool(
     stores: list[SliceStore],   # same channels and resolution

@@ -6,7 +6,7 @@
 __all__ = ['TrainingParams', 'find_device', 'Phase', 'Trainable', 'ema_decay', 'update_average', 'processes', 'Part',
            'load_weights', 'train']
 
-# %% ../nbs/02_training.ipynb #b56a4e00
+# %% ../nbs/02_training.ipynb #bead44c3
 import copy
 import math
 import os
@@ -25,11 +25,13 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .checkpoints import Log, TrainingError, claim, newest_checkpoint, optimizer_state, restore_optimizer, save_checkpoint, to_cpu, write_whole
+from .checkpoints import Log, TrainingError, claim, newest_checkpoint, optimizer_state, restore_optimizer, save_checkpoint, to_cpu, writing
+from .files import write_whole
 from .params import Params, runtime
 from .slices import SliceStore, batches
+from .watching import Events, png
 
-# %% ../nbs/02_training.ipynb #77877cd1
+# %% ../nbs/02_training.ipynb #e7c14a10
 class TrainingParams(Params):
     "How long and how a model is trained; a model's own parameters hold one of these with the paper's values."
     kimg: float = Field(gt=0)                                   # thousands of images seen in training
@@ -41,6 +43,7 @@ class TrainingParams(Params):
     ema_rampup: float | None = Field(0.05, gt=0)                # the half-life is at most this share of the images seen so far
     log_every: float = runtime(1, gt=0)                         # kimg
     checkpoint_every: float = runtime(20, gt=0)                 # kimg
+    preview_every: float | None = runtime(200, gt=0)            # kimg; also at the end; None: no pictures
     keep_checkpoints: bool = runtime(False)                     # after the end of training
     workers: int = runtime(0, ge=0)                             # processes that read images ahead
     channels_last: bool | None = runtime(None)                  # memory format of 4-dimensional weights and batches; None: on a GPU (group norms on a processor are many times slower with it)
@@ -70,7 +73,7 @@ def find_device(
     "The device of that name; 'auto' is the GPU where there is one, else the processor."
     return torch.device(('cuda' if torch.cuda.is_available() else 'cpu') if name == 'auto' else name)
 
-# %% ../nbs/02_training.ipynb #d9759bbc
+# %% ../nbs/02_training.ipynb #49175740
 @dataclass
 class Phase:
     "One optimiser's part of a training step."
@@ -95,6 +98,10 @@ class Trainable(nn.Module):
 
     def begin_step(self, images: int):
         "Called before each step, with the images seen so far: where a growing network sets its resolution."
+
+    def preview(self) -> np.ndarray:
+        "A picture, uint8 (H, W) or (H, W, 3), of what the model can do so far; called in evaluation mode with the weights that would be kept now. Models without one are not asked."
+        raise NotImplementedError
 
     def __setattr__(self, name, value):
         "`averaged` only points to a submodule: it is not registered a second time."
@@ -146,12 +153,15 @@ def _add_up(tensors: list[Tensor]) -> list[Tensor]: # the same tensors
         for tensor, total in zip(tensors, flat.split([t.numel() for t in tensors])): tensor.copy_(total.view_as(tensor))
     return tensors
 
-# %% ../nbs/02_training.ipynb #6b8fef30
+# %% ../nbs/02_training.ipynb #8e90fb0a
 @dataclass
 class Part:
     "What one process sees of a step: some parts of the batch."
     number: int     # of the part in the batch
     batch: Tensor   # float (n, 5, H, W)
+
+_NOT_FINITE = ('the weights were not touched; started again, training goes on from its last checkpoint. If it stops at the same step again, '
+               'lower the learning rate, set `clip` or take `precision: fp32`, which is another training')
 
 def _seed(*numbers: int):
     "Seed torch's global generators, as a function of the numbers."
@@ -185,7 +195,7 @@ def _take_phase(run: '_Run', phase: Phase, parameters: list[nn.Parameter], parts
     _add_up([p.grad for p in parameters if p.grad is not None])
     logs['gradient'] = nn.utils.clip_grad_norm_(parameters, params.clip or math.inf)
     if not torch.isfinite(logs['loss'] + logs['gradient']):
-        raise TrainingError(f"phase {phase.name!r}, step {run.step}: loss {float(logs['loss']):g}, norm of the gradient {float(logs['gradient']):g}")
+        raise TrainingError(f"{run.folder}: phase {phase.name!r}, step {run.step}: loss {float(logs['loss']):g}, norm of the gradient {float(logs['gradient']):g}; {_NOT_FINITE}")
     if phase.learning_rate:
         factor = logs['learning_rate'] = phase.learning_rate(min(1, run.images / (1000 * params.kimg)))
         for group in phase.optimizer.param_groups: group['lr'] = group['initial_lr'] * factor
@@ -210,7 +220,7 @@ def load_weights(
     except safetensors.SafetensorError as e: raise TrainingError(f'{file}: is damaged: {e}') from None
     return module
 
-# %% ../nbs/02_training.ipynb #191604a0
+# %% ../nbs/02_training.ipynb #0d20a1e4
 def _optimizers(phases: list[Phase]) -> dict[str, torch.optim.Optimizer]:
     "Each optimiser once, under the name of the first phase that uses it."
     found = {}
@@ -233,7 +243,8 @@ class _Run:
         self.average = copy.deepcopy(model.averaged).requires_grad_(False) if model.averaged is not None and params.ema_kimg else None
         if params.compile:
             for module in dict.fromkeys(phase.module for phase in self.phases): module.compile()
-        self.log, self.step, self.images, self.seconds, self.best, self.best_weights = Log(folder/'log.jsonl'), 0, 0, 0., -math.inf, None
+        self.log, self.events = Log(folder/'log.jsonl'), Events(folder/'events')
+        self.step, self.images, self.seconds, self.best, self.best_weights = 0, 0, 0., -math.inf, None
 
     def sizes(self):
         "Number of images in each part of a batch, from here on."
@@ -261,14 +272,36 @@ class _Run:
         "What is kept if training ends now: the average, else the weights."
         return (_kept(self.model) if self.average is None else self.average).state_dict()
 
+    @contextmanager
+    def at_rest(self):
+        "The model in evaluation mode, with the weights that would be kept now. Afterwards its state, its modes and torch's random numbers are as they were."
+        trained, modes = to_cpu(self.model.state_dict()), {module: module.training for module in self.model.modules()}
+        _kept(self.model).load_state_dict(self.weights()); self.model.eval()
+        try:
+            with torch.no_grad(), torch.random.fork_rng([self.device] if self.device.type == 'cuda' else []): yield self.model
+        finally:
+            self.model.load_state_dict(trained)
+            for module, mode in modes.items(): module.training = mode
+
     def validate(self, validate: Callable):
-        "Score the model, in evaluation mode and with the average of its weights, and keep the weights if they are the best so far."
-        kept, trained = _kept(self.model), to_cpu(_kept(self.model).state_dict())
-        kept.load_state_dict(self.weights()); self.model.eval()
-        with torch.no_grad(): score = float(validate(self.model))
-        if score > self.best: self.best, self.best_weights = score, to_cpu(kept.state_dict())
-        kept.load_state_dict(trained); self.model.train()
+        "Score the model, and keep its weights if they are the best so far."
+        with self.at_rest() as model:
+            score = float(validate(model))
+            if score > self.best: self.best, self.best_weights = score, to_cpu(_kept(model).state_dict())
         self.log.add({'validation': score})
+
+    def write(self) -> dict:
+        "A line of the log, and the same as an event; returns the line."
+        line = self.log.write(step=self.step, kimg=self.images/1000, seconds=round(self.seconds, 3))
+        self.events.write(self.images, {name: value for name, value in line.items() if name not in ('step', 'kimg')})
+        return line
+
+    def preview(self):
+        "The model's picture as an event and as preview.png, if it has one."
+        if type(self.model).preview is Trainable.preview: return
+        with self.at_rest() as model, _uncompiled(model): picture = png(model.preview())
+        self.events.write(self.images, pictures={'preview': picture})
+        with writing(self.folder/'preview.png'): write_whole(self.folder/'preview.png', picture)
 
     def save(self):
         "Write a checkpoint."
@@ -286,9 +319,18 @@ class _Run:
             if self.average is not None: self.average.load_state_dict(files['average'])
             for name, optimizer in _optimizers(self.phases).items(): restore_optimizer(optimizer, self.names, files[f'optimizer-{name}'])
         _wait()
-        if processes()[0] == 0: self.log.resume(self.step, state['sums'])
+        if processes()[0] == 0: self.log.resume(self.step, state['sums']); self.events.resume(self.images)
 
-# %% ../nbs/02_training.ipynb #75a4d0c7
+@contextmanager
+def _uncompiled(model: nn.Module):
+    "Within, compiled modules run as they are written: the few images of a preview are no reason to compile once more."
+    compiled = {module: module._compiled_call_impl for module in model.modules() if module._compiled_call_impl is not None}
+    for module in compiled: module._compiled_call_impl = None
+    try: yield
+    finally:
+        for module, call in compiled.items(): module._compiled_call_impl = call
+
+# %% ../nbs/02_training.ipynb #ccb42789
 def train(
     model: Trainable,                   # on any device; its initial weights are the caller's, who seeds them
     sources: list[SliceStore],          # sampled equally often
@@ -302,7 +344,7 @@ def train(
     prepare_batch: Callable | None=None,# float batch (n, 5, H, W) on the device -> what `loss` gets, such as augmented images
     config: dict | Params | None=None,  # what config.json is to hold besides; only runtime fields of `Params` and `provenance` may differ on resume
     progress: bool=True,                # show a progress bar
-) -> Path:                              # the folder: weights.safetensors, config.json, log.jsonl
+) -> Path:                              # the folder: weights.safetensors, config.json, log.jsonl, events for TensorBoard, preview.png of a model that has one
     "Train a model, or go on with its training; a finished folder returns at once. Raises `TrainingError`."
     folder, first = Path(folder), processes()[0] == 0
     ours = {'seed': seed, 'images': [len(s) for s in sources], 'validate_every': validate_every if validate else None, 'training': params,
@@ -313,7 +355,8 @@ def train(
             run = _Run(model, params, folder, seed)
             run.resume()
             with _training_mode(run): _loop(run, sources, validate, validate_every, per_epoch, prepare_batch, progress)
-            if first: write_whole(folder/'weights.safetensors', safetensors.torch.save(to_cpu(run.best_weights or run.weights())))
+            if first:
+                with writing(folder/'weights.safetensors'): write_whole(folder/'weights.safetensors', safetensors.torch.save(to_cpu(run.best_weights or run.weights())))
         if first:
             for path in folder.glob('checkpoint-*'):
                 if not params.keep_checkpoints: shutil.rmtree(path)
@@ -340,8 +383,9 @@ def _loop(run: _Run, sources, validate, validate_every, per_epoch, prepare_batch
             bar.update(size)
             if rank > 0: run.log.sums = {}; continue
             if validated or run.done or run.due(params.log_every, size):
-                line = run.log.write(step=run.step, kimg=run.images/1000, seconds=round(run.seconds, 3))
+                line = run.write()
                 bar.set_postfix({k: f'{v:.4g}' for k, v in line.items() if k.endswith('loss') or k == 'validation'})
+            if params.preview_every and (run.done or run.due(params.preview_every, size)): run.preview()
             if run.due(params.checkpoint_every, size) and (not run.done or params.keep_checkpoints): run.save()
 
 @contextmanager

@@ -25,4 +25,4 @@ def test_from_parameters_to_samples(tmp_path):
     done = subprocess.run([sys.executable, '-c', CODE], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     n, folder = done.stdout.strip().splitlines()[-1].split(maxsplit=1)
-    assert n == '8' and sorted(p.name for p in (Path(folder)/'training').iterdir()) == ['config.json', 'log.jsonl', 'weights.safetensors']
+    assert n == '8' and sorted(p.name for p in (Path(folder)/'training').iterdir()) == ['config.json', 'events', 'log.jsonl', 'preview.png', 'weights.safetensors']

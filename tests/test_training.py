@@ -18,6 +18,7 @@ from torch.nn.functional import mse_loss, softplus
 
 from synthmr.slices import SliceStore, StoreWriter
 from synthmr.training import Phase, Trainable, TrainingError, TrainingParams, load_weights, train
+from synthmr.watching import read_events
 
 class Toy(Trainable):
     "Two networks against each other, with dropout, a buffer, a lazy phase and one optimiser for two phases."
@@ -66,6 +67,10 @@ def lines(folder: Path) -> list[dict]:
     "The log without the times."
     return [{k: v for k, v in json.loads(line).items() if k != 'seconds'} for line in (folder/'log.jsonl').read_text().splitlines()]
 
+def logged(folder: Path) -> list[tuple]:
+    "The events without the times."
+    return [(e.step, v.tag, v.simple_value) for e in read_events(folder/'events') for v in e.summary.value if v.tag != 'seconds']
+
 def weights(folder: Path) -> bytes: return (folder/'weights.safetensors').read_bytes()
 
 @pytest.fixture(scope='module')
@@ -107,7 +112,8 @@ def test_sigkill(home, variant):
     assert resumed.wait() == 0, resumed.stderr.read()
     assert weights(folder) == weights(home/variant), f'killed after {at} lines'
     assert lines(folder) == lines(home/variant)
-    assert sorted(p.name for p in folder.iterdir()) == ['config.json', 'log.jsonl', 'weights.safetensors']
+    assert sorted(p.name for p in folder.iterdir()) == ['config.json', 'events', 'log.jsonl', 'weights.safetensors']
+    assert logged(folder) == logged(home/variant)
 
 def test_two_processes_are_one(home):
     "Two processes that share the parts of a batch give the losses and the weights of one, up to the order of sums; what each draws belongs to the part, not to the process."
@@ -118,7 +124,8 @@ def test_two_processes_are_one(home):
     for a, b in zip(lines(one), lines(two)): assert a == pytest.approx(b, rel=1e-3, abs=1e-4), a['step']
     a, b = (load_weights(Toy(), folder).generator.state_dict() for folder in (one, two))
     assert all(torch.allclose(a[k].float(), b[k].float(), atol=1e-4) for k in a if 'num_batches' not in k) and not a['0.weight'].equal(torch.zeros_like(a['0.weight']))
-    assert sorted(p.name for p in two.iterdir()) == ['config.json', 'log.jsonl', 'weights.safetensors']
+    assert sorted(p.name for p in two.iterdir()) == ['config.json', 'events', 'log.jsonl', 'weights.safetensors'] and len(list((two/'events').iterdir())) == 1
+    assert [(step, tag) for step, tag, _ in logged(two)] == [(step, tag) for step, tag, _ in logged(one)]
     with pytest.raises(TrainingError, match='configuration'): train_toy(two, 'plain')
 
 def test_parts_that_cannot_be_shared_are_refused(home, monkeypatch):
@@ -190,7 +197,7 @@ def test_killed_at_every_flush(home):
     assert sweep.returncode == 0, sweep.stderr
     kills = sorted(home.glob('sweep-*'))
     assert len(kills) > 15
-    for folder in kills: assert (weights(folder), lines(folder)) == (weights(home/'short'), lines(home/'short')), folder.name
+    for folder in kills: assert (weights(folder), lines(folder), logged(folder)) == (weights(home/'short'), lines(home/'short'), logged(home/'short')), folder.name
 
 def sweep(folder: Path):
     "Train in forked processes that die at their n-th flush or write, and resume each."

@@ -5,20 +5,22 @@
 # %% auto #0
 __all__ = ['GeneratorParams', 'Generator']
 
-# %% ../../nbs/generators/05_generator.ipynb #d65cc43a
-from collections.abc import Sequence
+# %% ../../nbs/generators/05_generator.ipynb #22e55605
+from collections.abc import Callable, Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from .sampling import numbered_noise
 from ..params import Params
-from ..slices import ANNOTATION_VALUES, CHANNELS, CLASSES
+from ..slices import ANNOTATION_VALUES, CHANNELS, CLASSES, to_uint8
 from ..training import Trainable, TrainingParams
+from ..watching import sample_grid
 
-# %% ../../nbs/generators/05_generator.ipynb #17148f28
+# %% ../../nbs/generators/05_generator.ipynb #f76d47a0
 class GeneratorParams(Params):
     "What all generators have."
     annotation: Literal['grey', 'one_hot'] = 'grey'     # one channel of grey values, or one for each tumour class; undone at sampling
@@ -72,7 +74,17 @@ class Generator(Trainable):
     def generate(self, seed: int, numbers: Sequence[int]) -> Tensor:
         "Images (n, 5, H, W), nominally in [-1, 1]; image i depends on (seed, numbers[i]) alone, to the last bit on one machine."
         size, made = self.params.chunk, {}
-        for k in dict.fromkeys(i // size for i in numbers):
-            with torch.autocast(self.gain.device.type, torch.bfloat16, enabled=self.params.training.precision == 'bf16'):
-                made[k] = self.decode(self.generate_chunk(seed, range(k * size, (k + 1) * size)).float())
+        for k in dict.fromkeys(i // size for i in numbers): made[k] = self._slices(self.generate_chunk, seed, range(k * size, (k + 1) * size))
         return torch.stack([made[i // size][i % size] for i in numbers])
+
+    def _slices(self, make: Callable, seed: int, numbers: Sequence[int]) -> Tensor:
+        "What `make` gives, in the precision of training, as slices."
+        with torch.autocast(self.gain.device.type, torch.bfloat16, enabled=self.params.training.precision == 'bf16'): return self.decode(make(seed, numbers).float())
+
+    def preview_chunk(self, seed: int, numbers: Sequence[int]) -> Tensor:
+        "Like `generate_chunk`, within training: where a network is not grown yet, or images take long, what can be had quickly."
+        return self.generate_chunk(seed, numbers)
+
+    def preview(self) -> np.ndarray:
+        "The same images whenever it is asked for, one a column; fewer of them where they are large."
+        return sample_grid(to_uint8(self._slices(self.preview_chunk, 0, range(max(2, min(8, 1024 // self.resolution))))))

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from .adversarial import GAN, GANParams, gradient_penalty, signs, wasserstein
+from .adversarial import GAN, GANParams, from_haar, gradient_penalty, signs, wasserstein
 from .layers import SQRT2, EqualConv2d, EqualLinear, downsample, lrelu, minibatch_std, pixel_norm, upsample
 from ..params import Params
 from ..training import Phase, TrainingParams
@@ -252,10 +252,14 @@ class GrowingGAN(GAN):
             phase.learning_rate = lambda progress, rate=rate: learning_rate_at(progress * p.training.kimg, p.growth, self.size, rate) / rate
         return phases
 
-    def sample(self, z: Tensor) -> Tensor:
-        last = level_at(self.params.training.kimg, self.params.growth, self.size)
-        images = self.sample_at(z, last)
+    def sample(self, z: Tensor, level: float|None=None) -> Tensor:  # at the level that training ends with, or another
+        images = self.sample_at(z, level_at(self.params.training.kimg, self.params.growth, self.size) if level is None else level)
         return upsample(images, self.size // images.shape[-1])
+
+    def preview_chunk(self, seed, numbers):
+        "What the network shows at the level that it has reached."
+        images = self.sample(self.noise(seed, numbers, (self.params.latents,)), self.level)
+        return from_haar(images) if self.params.haar else images
 
 class ProgressiveGANParams(GANParams):
     "The progressive GAN; the defaults are the paper's."
