@@ -61,7 +61,8 @@ def test_every_report_has_figures_rows_and_parameters(place, done):
 def test_rows_know_their_run(place, done):
     rows = pd.concat([pd.read_csv(p) for p in (place/'results'/'tiny').glob('unet-*.csv')])
     assert set(rows.mixture) == {'real', 'synthetic', 'both'} and set(rows['class']) == {'NCR/NET', 'ED', 'ET'} and rows.subject.nunique() == 2
-    assert {'run', 'dataset', 'segmenter', 'generator', 'augmentation', 'seed', 'commit', 'dirty', 'device'} <= set(rows.columns)
+    assert {'run', 'dataset', 'segmenter', 'generator', 'augmentation', 'seed', 'commit', 'dirty', 'device', 'versions', 'data', 'seconds', 'peak_memory_mb'} <= set(rows.columns)
+    assert rows.data.nunique() == 1 and rows.versions.str.contains('torch=').all() and (rows.seconds > 1).all() and (rows.peak_memory_mb > 100).all()
 
 def stamps(place) -> dict[str, int]: return {p.name: p.stat().st_mtime_ns for p in (place/'results'/'tiny').glob('*') if p.suffix in ('.csv', '.ipynb', '.html')}
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BEAT', 'SILENCE', 'LINE', 'write_record', 'read_record', 'beating', 'plain', 'only_one', 'carry_out', 'main']
 
-# %% ../../nbs/studies/19_jobs.ipynb #2fe03686
+# %% ../../nbs/studies/19_jobs.ipynb #6e025d43
 import fcntl
 import json
 import os
@@ -20,7 +20,6 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-import nbformat
 import psutil
 
 # %% ../../nbs/studies/19_jobs.ipynb #ba1b8e09

@@ -210,10 +210,11 @@ def make_segmenter(
     network = load_segmenter(run.folder)
     return network, evaluate_segmenter(network, store.where(split='test'), rule=run.rule)
 
-# %% ../../nbs/studies/00_runs.ipynb #c72f3a27
+# %% ../../nbs/studies/00_runs.ipynb #7b7cd5a0
 def save_result(
     run: Run,
     rows: pd.DataFrame, # tidy rows of what the run found
 ) -> pd.DataFrame:      # the rows with the run's facts
     "Write the table of a run; `results/<dataset>/<name>.csv`."
-    return save_rows(rows, run.result('.csv'), **run.facts)
+    store = (run if isinstance(run, DataRun) else run.data).folder
+    return save_rows(rows, run.result('.csv'), **run.facts, data=SliceStore.open(store).fingerprint)

@@ -7,7 +7,7 @@ __all__ = ['Request', 'Grid', 'Study', 'all_runs', 'template', 'record', 'job', 
            'snakemake_command', 'carrying_out', 'run_study', 'interrupted_by_sigterm', 'compare_what_there_is',
            'study_rows', 'render_pages', 'as_page']
 
-# %% ../../nbs/studies/20_study.ipynb #dd86f3eb
+# %% ../../nbs/studies/20_study.ipynb #d2a8f8ef
 import fcntl
 import json
 import math
@@ -22,7 +22,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, Literal
 
-import nbformat
 import pandas as pd
 import torch
 from pydantic import Field, model_validator
@@ -272,7 +271,7 @@ def compare_what_there_is(
     partial = study.model_copy(update={'incomplete': True})
     if partial.finished and carry_out(job(partial, study.request(study))) == 0: return partial.result('.ipynb')
 
-# %% ../../nbs/studies/20_study.ipynb #d0c7a857
+# %% ../../nbs/studies/20_study.ipynb #901fc9ed
 def study_rows(
     study: Grid,
 ) -> pd.DataFrame:  # one row a test subject, class and training
@@ -294,6 +293,7 @@ def as_page(
     notebook: Path, # executed
 ) -> str:           # HTML with its figures inside
     "An executed notebook as one HTML page, without its progress bars."
+    import nbformat
     from nbconvert import HTMLExporter
     nb = nbformat.read(notebook, as_version=4)
     for cell in nb.cells:
