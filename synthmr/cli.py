@@ -15,7 +15,7 @@ from pathlib import Path
 from . import __version__
 from .params import ParamsError, check, load, read_yaml
 
-# %% ../nbs/90_cli.ipynb #97ebc040
+# %% ../nbs/90_cli.ipynb #84d74d56
 def _simulate(a: argparse.Namespace) -> int:
     from synthmr.data.simulated import SimulatedParams, simulate_cohort
     params = check(SimulatedParams, {'subjects': a.subjects, 'seed': a.seed, 'spacing': a.spacing, 'workers': a.workers}, 'synthmr simulate')
@@ -73,6 +73,11 @@ def _status(a: argparse.Namespace) -> int:
     print(status_text(states(load_study(a.file))))
     return 0
 
+def _plan(a: argparse.Namespace) -> int:
+    from synthmr.studies.cost import plan
+    print(plan(load_study(a.file), a.jobs, a.slices, again=a.again))
+    return 0
+
 def _reproduce(a: argparse.Namespace) -> int:
     from synthmr.studies.reproduce import reproduce, reproduced
     found = reproduce(a.row, a.out or Path(tempfile.mkdtemp(prefix='synthmr-')), a.here)
@@ -85,7 +90,7 @@ def _published(a: argparse.Namespace) -> int:
     for path in write_published(a.out): print(path)
     return 0
 
-# %% ../nbs/90_cli.ipynb #f675bb6a
+# %% ../nbs/90_cli.ipynb #b5a0ae35
 def parser() -> argparse.ArgumentParser:
     "The command line of `synthmr`."
     top = argparse.ArgumentParser('synthmr', description="Can synthetic MR images be shared instead of patients' images?",
@@ -125,6 +130,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--dry-run', action='store_true', help='say what would be done')
     p.set_defaults(snakemake=())    # what stands behind --, see `main`
     p.epilog = 'What stands behind -- goes to Snakemake: synthmr study FILE --profile slurm -- --default-resources slurm_partition=gpu'
+
+    p = verb('plan', _plan, 'what a study will cost before it is begun: hours, memory and disk, from seconds measured on the device at hand')
+    p.add_argument('file', metavar='FILE', type=Path, help='parameters of the study; its data need not be there')
+    p.add_argument('--jobs', metavar='N', type=int, default=1, help='runs at once')
+    p.add_argument('--slices', metavar='N', type=int, help='training slices, where neither data nor paper tell')
+    p.add_argument('--again', action='store_true', help='measure again what was measured on this device before')
 
     p = verb('status', _status, 'how far a study is: what is done, what runs, what failed and why')
     p.add_argument('file', metavar='FILE', type=Path, help='parameters of the study')

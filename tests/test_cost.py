@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA = {'dataset': 'tiny', 'simulated': {'subjects': 6, 'seed': 3, 'spacing': 4, 'workers': 0}, 'resolution': 32, 'test_share': 0.34, 'workers': 0}
 GENERATOR = {'data': DATA, 'images': 200, 'generator': {'kind': 'stylegan2', 'latents': 32, 'width': 32, 'mapping_layers': 2, 'channel_base': 512, 'channel_max': 32, 'training': {'kimg': 2, 'batch_size': 16}}}
 SEGMENTER = {'data': DATA, 'segmenter': {'kind': 'unet', 'levels': 3, 'filters': 16, 'optimiser': 'adamw', 'validate_every': 0.5, 'training': {'kimg': 2, 'batch_size': 8}}}
-STUDY = {'data': DATA, 'generators': [GENERATOR], 'segmenters': [SEGMENTER], 'augmentation': [True], 'seeds': [0], 'threads': {'generator': 1, 'segmenter': 1}}
+STUDY = {'data': DATA, 'generators': [GENERATOR], 'segmenters': [SEGMENTER], 'augmentation': [True], 'seeds': [0]}
 TRAINED = {'weights': 10**8, 'checkpoint': 4 * 10**8, 'memory': 5e9, 'measured': 2, 'part': 8}
 
 def given(wanted: dict[str, Measurement]) -> dict[str, dict]:

@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['TRAINING_SLICES', 'CostError', 'measurement_name', 'unfinished', 'measurements', 'Sizes', 'data_sizes', 'run_seconds',
-           'store_bytes', 'run_bytes', 'longest_chain', 'run_kind', 'duration', 'memory_size', 'Plan', 'plan',
-           'cost_figure']
+           'store_bytes', 'run_bytes', 'longest_chain', 'run_kind', 'memory_size', 'Plan', 'plan', 'cost_figure']
 
-# %% ../../nbs/studies/25_cost.ipynb #29085dc7
+# %% ../../nbs/studies/25_cost.ipynb #0eb6f95c
 import math
 import os
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from ..provenance import device_name
 from ..segmenters.training import training_length
 from ..slices import CHANNELS, SliceStore
 from .evaluation import EvaluationRun
+from .jobs import duration
 from .measuring import BUSY, Measurement, measure
 from .pools import shares_of
 from .runs import DataRun, GeneratorRun, Run, SegmenterRun
@@ -34,7 +34,7 @@ from .study import Grid, all_runs, lost
 from .timing import evaluation_rates, generator_rates, report_rates, segmenter_rates, subject_rates
 from ..training import find_device
 
-# %% ../../nbs/studies/25_cost.ipynb #a063209c
+# %% ../../nbs/studies/25_cost.ipynb #a00d7159
 class CostError(RuntimeError):
     "A cost that cannot be told: one line that says what is missing."
 
@@ -61,7 +61,7 @@ def measurements(
     runs, size = unfinished(study), study.data.resolution
     found = {'report': Measurement(report_rates, (), 1), 'subject': Measurement(subject_rates, (study.data,), 1)} if runs else {}
     for run in runs:
-        name, threads = measurement_name(run), study.threads.get(run.report, 1)
+        name, threads = measurement_name(run), study.request(run)['threads']
         if isinstance(run, GeneratorRun): found[name] = Measurement(generator_rates, (run.generator, size), threads)
         if isinstance(run, SegmenterRun): found[name] = Measurement(segmenter_rates, (run.segmenter, size, run.augmentation), threads)
         if isinstance(run, EvaluationRun): found[name] = Measurement(evaluation_rates, (run.evaluation, run.segmenter.segmenter, size), threads)
@@ -174,7 +174,7 @@ def longest_chain(
     for run in all_runs(study): ends[run.name] = np.nansum([seconds.get(run.name, 0.)]) + max((ends[r.name] for r in run.needs), default=0.)
     return float(max(ends.values()))
 
-# %% ../../nbs/studies/25_cost.ipynb #4b1c5d70
+# %% ../../nbs/studies/25_cost.ipynb #5d9190df
 _ORDER = ['prepare', 'generator', 'segmenter', 'evaluation']
 
 def run_kind(
@@ -197,15 +197,7 @@ def _measured(run: Run, rates: dict[str, dict]) -> str:
     if isinstance(run, SegmenterRun): return batch
     return 'a few images and small matrices, extrapolated' if isinstance(run, EvaluationRun) else 'an empty report; its statistics do not count'
 
-def duration(
-    seconds: float,
-) -> str:
-    "Seconds in the unit that a person would choose."
-    if math.isnan(seconds): return '?'
-    unit, length = next(((u, l) for u, l in (('years', 365.25 * 86400), ('days', 86400), ('h', 3600), ('min', 60)) if seconds >= 2 * l), ('s', 1))
-    return f'{seconds / length:,.0f} {unit}' if seconds >= 10 * length or unit == 's' else f'{seconds / length:.1f} {unit}'
-
-# %% ../../nbs/studies/25_cost.ipynb #375ac0e0
+# %% ../../nbs/studies/25_cost.ipynb #927ee93f
 def memory_size(device: torch.device) -> float:
     "Bytes of memory of a device."
     if device.type == 'cuda': return torch.cuda.get_device_properties(device).total_memory
@@ -230,7 +222,7 @@ class Plan:
 
     def __str__(self):
         t, device, sizes = self.table, find_device(), self.sizes
-        name = device_name(device) if device.type == 'cuda' else f"{device_name().rpartition(', ')[0]}, {os.cpu_count()} cores; threads a run: " + ', '.join(f'{k} {v}' for k, v in self.study.threads.items())
+        name = device_name(device) if device.type == 'cuda' else f"{device_name().rpartition(', ')[0]}, {os.cpu_count()} cores; threads a run: " + ', '.join(f'{k} {v}' for k, v in {run.report: self.study.request(run)['threads'] for run in all_runs(self.study)}.items())
         lines = [f"{self.study.name} of {self.study.place}{', SIMULATED patients' if self.study.data.simulated else ''}: {t.runs.sum()} runs, {t.done.sum()} finished", f'device: {name}']
         if sizes: lines.append(f'slices: {sizes.train:,} of {sizes.train_subjects:,} subjects for training, {sizes.test:,} of {sizes.test_subjects:,} for testing ({sizes.source})')
         def size(gb): return '' if not gb or math.isnan(gb) else f'{gb:,.0f} GB' if gb >= 10 else f'{gb:.1f} GB' if gb >= 0.1 else f'{1000 * gb:.1f} MB'

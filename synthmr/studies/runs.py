@@ -28,7 +28,7 @@ from ..segmenters.training import AnySegmenter, UNetParams, evaluate_segmenter, 
 from ..slices import SliceStore
 from ..training import TrainingError, TrainingParams, load_weights, processes, train
 
-# %% ../../nbs/studies/00_runs.ipynb #13b377b6
+# %% ../../nbs/studies/00_runs.ipynb #0f6f6f8f
 class Resources(Params):
     "What a job asks of the machine that it runs on."
     threads: int = Field(1, ge=1)
@@ -42,11 +42,11 @@ def training_resources(
     training: TrainingParams,
     resolution: int,    # of the slices, pixels along a side
     gpu_days: float,    # that the paper reports ...
-    kimg: float,        # ... for so many thousand images of 256x256
+    kimg: float,        # ... for so many thousand images of 256x256; also taken where the training says epochs instead
 ) -> Resources:
     "What a training asks for, from what the paper's took."
     size, gpus = (resolution / 256)**2, 0 if training.device == 'cpu' else training.processes
-    hours = 24 * gpu_days * training.kimg / kimg * size / training.processes * (1 if gpus else 50)
+    hours = 24 * gpu_days * (training.kimg or kimg) / kimg * size / training.processes * (1 if gpus else 50)
     return Resources(threads=training.processes * (1 + training.workers), memory=round(4 + 12 * size * training.processes), hours=round(min(LONGEST, 2 + 2 * hours), 1), gpus=gpus)
 
 # %% ../../nbs/studies/00_runs.ipynb #d766e120
