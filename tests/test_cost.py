@@ -17,7 +17,7 @@ from synthmr.params import load
 from synthmr.slices import StoreWriter
 from synthmr.studies import cost, measuring, timing
 from synthmr.studies.cost import CostError, data_sizes, longest_chain, measurements, plan, run_seconds, store_bytes
-from synthmr.studies.measuring import ALLOCATION, Measurement, MeasuringError, measure, measure_apart
+from synthmr.studies.measuring import Measurement, MeasuringError, measure, measure_apart
 from synthmr.studies.runs import DataRun, make_data, make_generator, make_segmenter
 from synthmr.studies.study import Study, all_runs
 from synthmr.training import train
@@ -200,7 +200,3 @@ def test_measurements_are_kept(place, monkeypatch):
     assert len(calls) == 2 and calls[0] == 'subject'
     calls.clear(); measure(wanted, again=True, progress=False)
     assert len(calls) == len(wanted)
-
-def test_measured_as_the_study_runs():
-    snakefile = (ROOT/'synthmr'/'studies'/'Snakefile').read_text()
-    assert all(f'{name}={value}' in snakefile for name, value in ALLOCATION.items())

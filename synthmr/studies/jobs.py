@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BEAT', 'SILENCE', 'LINE', 'write_record', 'read_record', 'beating', 'plain', 'duration', 'only_one', 'carry_out',
-           'main']
+           'job_environment', 'main']
 
 # %% ../../nbs/studies/19_jobs.ipynb #240e94b5
 import fcntl
@@ -106,7 +106,7 @@ def only_one(
             except OSError: waited = True; time.sleep(seconds)
         yield waited
 
-# %% ../../nbs/studies/19_jobs.ipynb #8d772177
+# %% ../../nbs/studies/19_jobs.ipynb #9ae9760a
 def carry_out(
     job: dict,          # of the plan of a study: `template`, `notebook`, `params`, `rows`, `record`, `threads`
     attempt: int=1,     # of this study; Snakemake counts
@@ -133,7 +133,7 @@ def _execute(job: dict) -> tuple[str, str|None]: # state and, unless it is done,
     from nbclient.exceptions import DeadKernelError
     from papermill import PapermillExecutionError, execute_notebook
     from traitlets.config import Config
-    os.environ.update(_environment(job))
+    os.environ.update(job_environment(job['threads']))
     with open(job['params'], encoding='utf-8') as file: parameters = yaml.safe_load(file)
     try:
         with tempfile.TemporaryDirectory(prefix='synthmr-') as folder:
@@ -145,9 +145,11 @@ def _execute(job: dict) -> tuple[str, str|None]: # state and, unless it is done,
     except Exception as e: return 'failed', plain(f'{type(e).__name__}: {e}')   # such as a template without a kernel
     return 'done', None
 
-def _environment(job: dict) -> dict[str, str]:
+def job_environment(
+    threads: int,   # of the processor
+) -> dict[str, str]:
     "Threads, fewer redraws of progress bars, and a glibc that keeps large arrays: else each step of a training asks the system for them again."
-    return {'OMP_NUM_THREADS': str(job['threads']), 'TQDM_MININTERVAL': '5', 'MALLOC_MMAP_THRESHOLD_': '33554432', 'MALLOC_TRIM_THRESHOLD_': '1073741824'}
+    return {'OMP_NUM_THREADS': str(threads), 'TQDM_MININTERVAL': '5', 'MALLOC_MMAP_THRESHOLD_': '33554432', 'MALLOC_TRIM_THRESHOLD_': '1073741824'}
 
 def _end_kernel_when_terminated(record: Path, facts: dict):
     "SIGTERM (scancel, a time limit, Ctrl-C of a study) is written down, and ends the kernel, which lives in a session of its own."

@@ -17,7 +17,7 @@ import pandas as pd
 
 from ..params import ParamsError, repository
 
-# %% ../../nbs/studies/60_reproduce.ipynb #d4a592d8
+# %% ../../nbs/studies/60_reproduce.ipynb #53c8a2fc
 def the_row(
     where: str,     # 'results/…/NAME.csv', or with ':ROW', counted from 0
 ) -> tuple[Path, pd.DataFrame]: # the table's file; the rows that are meant, all of one run
@@ -25,7 +25,7 @@ def the_row(
     file, row = re.fullmatch(r'(.+?)(?::(\d+))?', where).groups()
     file = Path(file)
     if not file.is_file(): raise ParamsError(f'{file}: no such file')
-    rows = pd.read_csv(file)
+    rows = pd.read_csv(file, dtype={'commit': str})
     if not {'run', 'commit'} <= set(rows): raise ParamsError(f'{file}: its rows do not say which run and commit made them')
     if row is not None and int(row) >= len(rows): raise ParamsError(f'{file}: has rows 0 to {len(rows) - 1}, not {row}')
     if row is not None: rows = rows.iloc[[int(row)]]

@@ -77,7 +77,7 @@ class Run(Params):
         "Where the report (`.ipynb`), its page (`.html`), table (`.csv`) and parameters (`.yaml`) of this run go."
         return repository()/'results'/self.place/f'{self.name}{suffix}'
 
-# %% ../../nbs/studies/00_runs.ipynb #242bf6df
+# %% ../../nbs/studies/00_runs.ipynb #29eaea71
 class DataRun(Run, PrepareParams):
     "Subjects to slice store."
     report: ClassVar[str] = 'prepare'
@@ -87,7 +87,7 @@ class DataRun(Run, PrepareParams):
     @property
     def label(self) -> str: return f'data-{self.resolution}px'
     @property
-    def asks(self) -> Resources: return Resources(threads=self.workers, memory=4 + 2*self.workers, hours=8)
+    def asks(self) -> Resources: return Resources(threads=max(1, self.workers), memory=4 + 2*self.workers, hours=8)
     @property
     def place(self) -> str: return self.dataset
 
