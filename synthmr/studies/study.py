@@ -149,7 +149,7 @@ def all_runs(
     visit(run)
     return list(found.values())
 
-# %% ../../nbs/studies/20_study.ipynb #34e7a057
+# %% ../../nbs/studies/20_study.ipynb #d1646ce3
 def template(
     report: str,    # such as 'generator'
 ) -> Path:
@@ -169,10 +169,8 @@ def job(
     request: dict,  # what the job asks for: `threads`, `memory`, `hours`, `gpus`, ...
 ) -> dict:          # plain data for the Snakefile
     "What Snakemake needs to know of a run; writes the run's parameters."
-    params, fresh = run.result('.yaml'), run.result('.new')
-    before = params.stat() if params.is_file() else None
-    os.replace(save(run, fresh), params)
-    if before: os.utime(params, ns=(before.st_atime_ns, before.st_mtime_ns))    # of the same name, so the same run: nothing is to be done again
+    params = run.result('.yaml')
+    if not (params.is_file() and run.result('.csv').is_file()): os.replace(save(run, run.result('.new')), params)
     threads, memory, hours, gpus = (request.pop(key) for key in ('threads', 'memory', 'hours', 'gpus'))
     return {'name': run.name, 'report': run.report, 'template': str(template(run.report)), 'params': str(params), 'notebook': str(run.result('.ipynb')),
             'rows': str(run.result('.csv')), 'record': str(record(run)), 'needs': [str(r.result('.csv')) for r in run.needs],
