@@ -1,6 +1,8 @@
 "What goes wrong in a study on one machine: a failing cell, a kernel that dies, everything killed, two studies at once. What was finished stays, what was begun goes on."
+import random
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import nbformat
@@ -11,11 +13,14 @@ import pytest
 from study_at_work import SYNTHMR, Watched, end, finished, start, until
 from tiny import generator, study
 
+from synthmr.studies.reproduce import differences, reproduced
+
 @pytest.fixture(autouse=True)
 def place(tmp_path, monkeypatch):
     "A folder of a user's own, in which studies run."
     (tmp_path/'params').mkdir(); (tmp_path/'settings.ini').touch()
     monkeypatch.chdir(tmp_path); monkeypatch.delenv('SYNTHMR_HOME', raising=False)
+    return tmp_path
 
 def test_a_cell_that_fails_stops_no_other():
     "A generator diverges: what does not need it is done, the comparison says what it lacks and why, and nothing finished is done again."
@@ -40,6 +45,13 @@ def test_a_cell_that_fails_stops_no_other():
     assert healed == 0 and 'INCOMPLETE' not in out, err
     assert {name for name in before if before[name] != finished().get(name)} <= {page.with_suffix('.csv').name}
 
+def kill(process: subprocess.Popen):
+    "The study, Snakemake, its jobs and their kernels, without warning."
+    for victim in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+        try: victim.send_signal(signal.SIGKILL)
+        except psutil.NoSuchProcess: pass
+    process.communicate()
+
 def test_killed_in_the_middle():
     "First the kernel of a training is killed, then everything: the next study goes on from the checkpoint, and finds what it would have found undisturbed."
     plan = study(generator('diffusion', kimg=5, checkpoint_every=0.5), mixtures=['real', 'synthetic'], evaluation=None)
@@ -56,8 +68,7 @@ def test_killed_in_the_middle():
 
     process = start('study.yaml', plan)
     watched.until_running(first)
-    for victim in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]: victim.send_signal(signal.SIGKILL)
-    process.communicate()
+    kill(process)
     until(lambda: watched.record['state'] == 'lost')
     assert 'lost' in subprocess.run([SYNTHMR, 'status', 'study.yaml'], capture_output=True, text=True).stdout
 
@@ -65,6 +76,27 @@ def test_killed_in_the_middle():
     assert code == 0 and 'INCOMPLETE' not in out, err
     assert {name: finished()[name] for name in real} == real
     assert watched.steps_logged() == sorted(set(watched.steps_logged())) and watched.weights() == watched.undisturbed_weights()
+
+def test_killed_at_any_moment(place, monkeypatch):
+    "Five times, at moments that nobody chose: the rows are those of a study that nothing happened to."
+    plan = study(generator('diffusion', kimg=2, checkpoint_every=0.2), mixtures=['real', 'synthetic'], evaluation=None)
+    seed = int(time.time())
+    print(f'moments drawn with seed {seed}')
+    moments = random.Random(seed)
+    for _ in range(5):
+        process = start('study.yaml', plan)
+        time.sleep(moments.uniform(4, 25))
+        kill(process)
+    code, out, err = end(start('study.yaml', plan))
+    assert code == 0, err
+    killed = {p.name: pd.read_csv(p) for p in Path('results/tiny').glob('*.csv')}
+
+    (place/'undisturbed'/'params').mkdir(parents=True); (place/'undisturbed'/'settings.ini').touch()
+    monkeypatch.chdir(place/'undisturbed')
+    code, out, err = end(start('study.yaml', plan))
+    assert code == 0, err
+    for path in Path('results/tiny').glob('*.csv'): assert reproduced(found := differences(pd.read_csv(path), killed.pop(path.name))), found.to_string()
+    assert not killed
 
 def test_two_at_once():
     "The same study a second time is refused; another study that shares a generator waits for it and does not train it again."
