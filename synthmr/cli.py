@@ -149,10 +149,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('out', metavar='OUT', type=Path, help='folder of relative_dice.csv, ranks.csv and inconsistencies.csv')
     return top
 
-# %% ../nbs/90_cli.ipynb #27ccf497
+# %% ../nbs/90_cli.ipynb #398565f9
 def main(
     arguments: list[str]|None=None, # the command line; `sys.argv` where None
-) -> int:                           # exit code: 0 done, 1 unusable data or failed work, 2 wrong parameters
+) -> int:                           # exit code: 0 done, 1 unusable data or failed work, 2 wrong parameters, 130 interrupted
     "Run one `synthmr` command."
     given, for_snakemake = list(sys.argv[1:] if arguments is None else arguments), []
     if '--' in given: at = given.index('--'); given, for_snakemake = given[:at], given[at + 1:]
@@ -163,4 +163,5 @@ def main(
     logging.basicConfig(level=logging.WARNING, format='%(message)s')
     try: return a.run(a)
     except ParamsError as e: print(f'synthmr: {e}', file=sys.stderr); return 2
+    except KeyboardInterrupt: print('synthmr: interrupted; the same command goes on where it was', file=sys.stderr); return 130
     except (RuntimeError, ValueError, OSError) as e: print(f'synthmr: {e}', file=sys.stderr); return 1

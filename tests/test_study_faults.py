@@ -53,7 +53,7 @@ def kill(process: subprocess.Popen):
     process.communicate()
 
 def test_killed_in_the_middle():
-    "First the kernel of a training is killed, then everything: the next study goes on from the checkpoint, and finds what it would have found undisturbed."
+    "First the kernel of a training is killed, then the study is asked to end, then everything is killed: the next study goes on from the checkpoint, and finds what it would have found undisturbed."
     plan = study(generator('diffusion', kimg=5, checkpoint_every=0.5), mixtures=['real', 'synthetic'], evaluation=None)
     watched = Watched(plan['generators'][0])
 
@@ -67,7 +67,15 @@ def test_killed_in_the_middle():
     assert len(real) == 2
 
     process = start('study.yaml', plan)
-    watched.until_running(first)
+    second = watched.until_running(first)
+    kernel = watched.kernel()
+    process.terminate()
+    code, out, err = end(process)
+    assert code == 130 and 'interrupted' in err and watched.record['state'] == 'killed' and 'SIGTERM' in watched.record['line'], err
+    until(lambda: not kernel.is_running())
+
+    process = start('study.yaml', plan)
+    watched.until_running(second)
     kill(process)
     until(lambda: watched.record['state'] == 'lost')
     assert 'lost' in subprocess.run([SYNTHMR, 'status', 'study.yaml'], capture_output=True, text=True).stdout

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Request', 'Grid', 'Study', 'all_runs', 'template', 'record', 'job', 'write_plan', 'lost', 'beside', 'machine',
-           'snakemake_command', 'carrying_out', 'run_study', 'interrupted_by_sigterm', 'compare_what_there_is',
-           'study_rows', 'render_pages', 'as_page']
+           'snakemake_command', 'carrying_out', 'run_study', 'interrupt', 'interrupted_by_sigterm',
+           'compare_what_there_is', 'study_rows', 'render_pages', 'as_page']
 
-# %% ../../nbs/studies/20_study.ipynb #d2a8f8ef
+# %% ../../nbs/studies/20_study.ipynb #89a74f36
 import fcntl
 import json
 import math
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import pandas as pd
+import psutil
 import torch
 from pydantic import Field, model_validator
 
@@ -224,7 +225,7 @@ def snakemake_command(
             '--keep-incomplete', '--rerun-incomplete', '--rerun-triggers', 'mtime', '--config', f'plan={write_plan(study)}', *arguments,
             *(['--forcerun', *again] if again else [])]
 
-# %% ../../nbs/studies/20_study.ipynb #dfee7baa
+# %% ../../nbs/studies/20_study.ipynb #7df4b889
 @contextmanager
 def carrying_out(study: Grid):
     "Hold a study; yields the descriptor of its lock. Raises RuntimeError where it is being carried out already."
@@ -250,9 +251,18 @@ def run_study(
         snakemake = subprocess.Popen(snakemake_command(study, cores, arguments, profile, jobs), pass_fds=(lock,))
         with interrupted_by_sigterm():
             try: code = snakemake.wait()
-            except KeyboardInterrupt: snakemake.send_signal(signal.SIGINT); snakemake.wait(); raise
+            except KeyboardInterrupt: interrupt(snakemake); raise
         if code and '--dry-run' not in arguments: compare_what_there_is(study)
     return code
+
+def interrupt(snakemake: subprocess.Popen):
+    "End Snakemake and the jobs that it runs on this machine; those of a cluster it cancels itself."
+    jobs = psutil.Process(snakemake.pid).children(recursive=True) if snakemake.poll() is None else []
+    snakemake.send_signal(signal.SIGINT)
+    for job in jobs:
+        try: job.terminate()
+        except psutil.NoSuchProcess: pass
+    snakemake.wait()
 
 @contextmanager
 def interrupted_by_sigterm():
