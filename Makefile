@@ -5,9 +5,10 @@ VENV   ?= .venv
 BIN    := $(abspath $(VENV))/bin
 READY  := $(VENV)/ready
 STUDY  ?= params/demo/study.yaml
+RESULTS ?= results/small
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help demo test docs lab notebooks export bench lock clean
+.PHONY: help demo test docs lab notebooks export keep bench lock clean
 
 help: ## what can be made
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -39,6 +40,9 @@ notebooks: $(READY) ## run every notebook and keep its outputs
 export: $(READY) ## write the package from the notebooks
 	nbdev_export
 	nbdev_clean
+
+keep: $(READY) ## shrink executed reports that are to be committed: make keep RESULTS=results/small
+	python nbs/_site/keep.py $(RESULTS)
 
 bench: $(READY) ## measure against floors and peers; prints ratios
 	for file in tests/bench/bench_*.py; do python $$file || exit 1; done
