@@ -6,8 +6,7 @@
 __all__ = ['TrainingError', 'optimizer_state', 'restore_optimizer', 'writing', 'to_json', 'to_cpu', 'save_checkpoint',
            'checkpoints', 'newest_checkpoint', 'Log', 'claim']
 
-# %% ../nbs/02_checkpoints.ipynb #88fd40c4
-import fcntl
+# %% ../nbs/02_checkpoints.ipynb #bc94205c
 import hashlib
 import json
 import shutil
@@ -19,7 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from .files import full_disk_is, give_name, to_disk, write_whole
+from .files import full_disk_is, give_name, to_disk, try_lock, write_whole
 from .params import Params, fingerprint, identity, resolved
 
 # %% ../nbs/02_checkpoints.ipynb #f48fd46c
@@ -158,7 +157,7 @@ class Log:
         "Sums since the last line, as plain data."
         return {name: (float(total), n) for name, (total, n) in self.sums.items()}
 
-# %% ../nbs/02_checkpoints.ipynb #0c35c487
+# %% ../nbs/02_checkpoints.ipynb #68aca36a
 @contextmanager
 def claim(
     folder: Path,           # made where it is not there
@@ -170,8 +169,7 @@ def claim(
     file = folder/'config.json'
     with writing(folder): folder.mkdir(parents=True, exist_ok=True); lock = open(folder/'lock', 'w')
     with lock:
-        try: fcntl.lockf(lock, fcntl.LOCK_EX|fcntl.LOCK_NB) # a loader's worker that outlives a killed training does not inherit it
-        except OSError: raise TrainingError(f'{folder}: another process is training here') from None
+        if not try_lock(lock): raise TrainingError(f'{folder}: another process is training here')    # a loader's worker that outlives a killed training does not inherit it
         try: begun = json.loads(file.read_bytes()) if file.exists() else None
         except ValueError: raise TrainingError(f'{file}: is not valid JSON') from None
         if begun is None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from . import __version__
 from .params import ParamsError, check, load, read_yaml
 
-# %% ../nbs/90_cli.ipynb #84d74d56
+# %% ../nbs/90_cli.ipynb #79b7c556
 def _simulate(a: argparse.Namespace) -> int:
     from synthmr.data.simulated import SimulatedParams, simulate_cohort
     params = check(SimulatedParams, {'subjects': a.subjects, 'seed': a.seed, 'spacing': a.spacing, 'workers': a.workers}, 'synthmr simulate')
@@ -59,8 +59,9 @@ def _study(a: argparse.Namespace) -> int:
     code = run_study(study, a.cores, (*a.snakemake, *(['--dry-run'] if a.dry_run else [])), a.profile, a.jobs)
     if a.dry_run: return code
     lacking = missing(study)
+    if code: print('\n' + status_text(states(study)))
+    if code and not len(lacking): return code   # the comparison itself
     if len(lacking):
-        print('\n' + status_text(states(study)))
         study = study.model_copy(update={'incomplete': True})
         if not study.result('.csv').is_file(): return code or 1
     print(f'\n{study.place}: mean ± standard deviation over trainings' + (', SIMULATED patients' if study.data.simulated else '') + (f', INCOMPLETE: {len(lacking)} runs are missing' if len(lacking) else ''))
@@ -80,7 +81,9 @@ def _plan(a: argparse.Namespace) -> int:
 
 def _reproduce(a: argparse.Namespace) -> int:
     from synthmr.studies.reproduce import reproduce, reproduced
-    found = reproduce(a.row, a.out or Path(tempfile.mkdtemp(prefix='synthmr-')), a.here)
+    folder = a.out or Path(tempfile.mkdtemp(prefix='synthmr-'))
+    print(f'done again in {folder}', flush=True)
+    found = reproduce(a.row, folder, a.here)
     print(found.to_string(index=False))
     print('\nreproduced: every value is the same' if reproduced(found) else '\nNOT the same: see the columns in which rows differ')
     return 0 if reproduced(found) else 1

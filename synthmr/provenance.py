@@ -21,14 +21,14 @@ import torch
 
 from .files import full_disk_is, write_whole
 
-# %% ../nbs/04_provenance.ipynb #cef0fdd3
+# %% ../nbs/04_provenance.ipynb #b368e922
 @cache
 def commit(
     folder: str|Path=Path(__file__).parent if '__file__' in globals() else '.', # inside the repository
-) -> dict: # `commit` (None outside git) and `dirty`: whether tracked files differ from it
+) -> dict: # `commit` (None outside git) and `dirty`: whether tracked files, results left aside, differ from it
     "The commit of the code that runs."
     def git(*args): return subprocess.run(['git', '-C', str(folder), *args], capture_output=True, text=True)
-    try: head, changes = git('rev-parse', 'HEAD'), git('status', '--porcelain', '--untracked-files=no')
+    try: head, changes = git('rev-parse', 'HEAD'), git('status', '--porcelain', '--untracked-files=no', '--', ':/', ':(top,exclude)results')
     except OSError: return {'commit': None, 'dirty': None}
     if head.returncode: return {'commit': None, 'dirty': None}
     return {'commit': head.stdout.strip(), 'dirty': bool(changes.stdout.strip())}

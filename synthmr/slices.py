@@ -7,8 +7,7 @@ __all__ = ['CHANNELS', 'SEQUENCES', 'CLASSES', 'ANNOTATION_VALUES', 'annotation_
            'to_uint8', 'image_hashes', 'content_fingerprint', 'StoreError', 'StoreWriter', 'ImageFile', 'SliceStore',
            'epoch_order', 'batch_order', 'batches', 'pool']
 
-# %% ../nbs/01_slices.ipynb #7f045d3c
-import fcntl
+# %% ../nbs/01_slices.ipynb #8bb5d6d6
 import hashlib
 import itertools
 import json
@@ -21,7 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .files import append_whole, full_disk_is, give_name, write_whole
+from .files import append_whole, full_disk_is, give_name, try_lock, write_whole
 
 # %% ../nbs/01_slices.ipynb #a10b9de9
 CHANNELS = ('T1w', 'T1wGd', 'T2w', 'FLAIR', 'annotation')  # order of the channels in a store
@@ -78,7 +77,7 @@ class StoreError(RuntimeError):
 
 _HEADER = 128 # bytes reserved for the npy header, whose shape is known only at the end
 
-# %% ../nbs/01_slices.ipynb #1b0029ea
+# %% ../nbs/01_slices.ipynb #71ef932c
 class StoreWriter:
     "Writes a slice store group by group; resumes where an earlier writer was killed."
     def __init__(
@@ -101,8 +100,7 @@ class StoreWriter:
     def _lock(self):
         "Two writers at once would ruin the store: the second process is refused."
         self.lock = open(self.partial/'lock', 'w')
-        try: fcntl.lockf(self.lock, fcntl.LOCK_EX|fcntl.LOCK_NB)
-        except OSError: raise StoreError(f'{self.partial}: another process is writing it') from None
+        if not try_lock(self.lock): raise StoreError(f'{self.partial}: another process is writing it')
 
     def _resume(self):
         "Open the files; keep what the journal knows and cut off the rest. What was begun as another store is not touched."

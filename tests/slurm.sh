@@ -5,12 +5,13 @@ set -euo pipefail
 start() {
     command -v slurmctld munged > /dev/null || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq slurm-wlm munge > /dev/null; }
     sinfo --noheader > /dev/null 2>&1 && { echo 'Slurm is running'; return; }
+    [ ! -f /etc/slurm/slurm.conf ] || grep -q '^ClusterName=synthmr-test$' /etc/slurm/slurm.conf || { echo 'this machine belongs to another cluster'; exit 1; }
     mkdir -p /run/munge /var/spool/slurmctld /var/spool/slurmd /var/log/slurm
     chown munge: /run/munge
     [ -f /etc/munge/munge.key ] || /usr/sbin/mungekey --create
     pgrep -x munged > /dev/null || runuser -u munge -- /usr/sbin/munged
     cat > /etc/slurm/slurm.conf <<CONF
-ClusterName=test
+ClusterName=synthmr-test
 SlurmctldHost=$(hostname -s)(127.0.0.1)
 SlurmUser=root
 AuthType=auth/munge
@@ -35,6 +36,6 @@ CONF
     sinfo; tail -5 /var/log/slurm/*.log; exit 1
 }
 
-stop() { pkill -x slurmd || true; pkill -x slurmctld || true; }
+stop() { grep -q '^ClusterName=synthmr-test$' /etc/slurm/slurm.conf && pkill -x slurmd || true; pkill -x slurmctld || true; }
 
 "${1:-start}"

@@ -106,7 +106,7 @@ def test_jobs_never_claim_more_cores_than_there_are(tmp_path):
     cell = nbformat.v4.new_code_cell("rows = ''", metadata={'tags': ['parameters']})
     body = nbformat.v4.new_code_cell("import time\nstart = time.time()\ntime.sleep(1)\nopen(rows, 'w').write(f'{start} {time.time()}')")
     nbformat.write(nbformat.v4.new_notebook(cells=[cell, body], metadata={'kernelspec': {'name': 'python3', 'display_name': '', 'language': 'python'}}), tmp_path/'report.ipynb')
-    plan = [{'name': n, 'report': 'prepare', 'template': str(tmp_path/'report.ipynb'), 'threads': 2, 'memory_mb': 1000, 'resources': {}, **{k: str(tmp_path/f'{n}.{e}') for k, e in
+    plan = [{'name': n, 'report': 'prepare', 'template': str(tmp_path/'report.ipynb'), 'threads': 2, 'memory_mb': 1000, 'resources': {'runtime': 1}, 'planned': 0, **{k: str(tmp_path/f'{n}.{e}') for k, e in
              [('params', 'yaml'), ('notebook', 'ipynb'), ('rows', 'csv'), ('record', 'json')]}, 'needs': [str(tmp_path/f'{m}.csv') for m in needs]}
             for n, needs in [('first', ''), ('a', ['first']), ('b', ['first']), ('last', ['a', 'b'])]]
     for job in plan: Path(job['params']).write_text(yaml.safe_dump({'rows': job['rows']}))

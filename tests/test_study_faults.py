@@ -1,4 +1,5 @@
 "What goes wrong in a study on one machine: a failing cell, a kernel that dies, everything killed, two studies at once. What was finished stays, what was begun goes on."
+import os
 import random
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 from study_at_work import SYNTHMR, Watched, end, finished, start, until
 from tiny import generator, study
 
+from synthmr.studies.jobs import read_record
 from synthmr.studies.reproduce import differences, reproduced
 
 @pytest.fixture(autouse=True)
@@ -88,13 +90,17 @@ def test_killed_in_the_middle():
 def test_killed_at_any_moment(place, monkeypatch):
     "Five times, at moments that nobody chose: the rows are those of a study that nothing happened to."
     plan = study(generator('diffusion', kimg=2, checkpoint_every=0.2), mixtures=['real', 'synthetic'], evaluation=None)
-    seed = int(time.time())
-    print(f'moments drawn with seed {seed}')
-    moments = random.Random(seed)
+    seed = int(os.environ.get('SYNTHMR_TEST_SEED', time.time()))
+    print(f'moments drawn with SYNTHMR_TEST_SEED={seed}')
+    moments, alive = random.Random(seed), 0
+    def at_work() -> list: return [p for p in Path('artifacts/tiny/jobs').glob('*.json') if read_record(p).get('state') == 'running']
     for _ in range(5):
         process = start('study.yaml', plan)
-        time.sleep(moments.uniform(4, 25))
+        until(lambda: at_work() or process.poll() is not None)
+        time.sleep(moments.uniform(0, 10))
+        alive += bool(at_work())
         kill(process)
+    assert alive, 'never while a job was at work'
     code, out, err = end(start('study.yaml', plan))
     assert code == 0, err
     killed = {p.name: pd.read_csv(p) for p in Path('results/tiny').glob('*.csv')}
@@ -113,6 +119,9 @@ def test_two_at_once():
     first = start('study.yaml', plan)
     until(lambda: watched.record.get('state') == 'running')
     watched.until_running()
+    kernel = watched.kernel()
+    kernel.suspend()    # so that it outlasts what follows
+    time.sleep(1)
     half = nbformat.read(watched.run.result('.ipynb'), as_version=4)    # can be read while it runs
     assert [c.metadata.papermill.status for c in half.cells].count('completed') > 1 and 'pending' in {c.metadata.papermill.status for c in half.cells}
     said = subprocess.run([SYNTHMR, 'status', 'study.yaml'], capture_output=True, text=True).stdout
@@ -121,6 +130,9 @@ def test_two_at_once():
     assert code == 1 and 'is being carried out already (process ' in err and 'synthmr status' in err
     other = start('other.yaml', {**plan, 'seeds': [1]})
     began = watched.record['began']
+    until(lambda: list(Path('artifacts/tiny').glob('comparison-*.plan.json'))[1:])
+    time.sleep(5)
+    kernel.resume()
     assert end(first)[0] == 0
     code, out, err = end(other)
     assert code == 0, err

@@ -33,13 +33,13 @@ def the_row(
     if not file.with_suffix('.yaml').is_file(): raise ParamsError(f"{file.with_suffix('.yaml')}: no such file; it holds the parameters")
     return file, rows
 
-# %% ../../nbs/studies/60_reproduce.ipynb #c036cb3e
+# %% ../../nbs/studies/60_reproduce.ipynb #c7db69cb
 AGAIN = '''
-import importlib, subprocess, sys
+import importlib, os, re, subprocess, sys
 from pathlib import Path
 from synthmr.params import ParamsError, load, save
 from synthmr.studies.study import all_runs, template
-name, parameters = sys.argv[1:]
+name, parameters, origin = sys.argv[1:]
 for kind in ('runs.DataRun', 'runs.GeneratorRun', 'runs.SegmenterRun', 'pools.PooledRun', 'evaluation.EvaluationRun', 'study.Study', 'ratio.RatioStudy', 'ensemble.EnsembleStudy'):
     module, cls = kind.split('.')
     try: run = load(getattr(importlib.import_module(f'synthmr.studies.{module}'), cls), parameters)
@@ -48,8 +48,13 @@ for kind in ('runs.DataRun', 'runs.GeneratorRun', 'runs.SegmenterRun', 'pools.Po
 else: sys.exit(f'{parameters}: no kind of run of this commit is called {name} with these parameters')
 for each in all_runs(run):
     print(f'{each.report}: {each.name}', flush=True)
+    for path in [Path(p) for p in (getattr(each, 'nifti', None), getattr(each, 'split', None)) if p and not Path(p).exists() and (Path(origin)/p).exists()]:
+        path.parent.mkdir(parents=True, exist_ok=True); path.symlink_to(Path(origin)/path)      # data lie where the study was carried out
+    table = Path(parameters).with_name(f'{each.name}.csv')
+    threads = re.search(r'(\\d+) threads', table.read_text() if table.is_file() else '')     # sums depend on them
     notebook, file = each.result('.ipynb'), save(each, each.result('.yaml'))
-    subprocess.run([sys.executable, '-m', 'papermill', '--log-level', 'WARNING', '--no-progress-bar', template(each.report), notebook, '-f', file], check=True)
+    subprocess.run([sys.executable, '-m', 'papermill', '--log-level', 'WARNING', '--no-progress-bar', template(each.report), notebook, '-f', file], check=True,
+                   env={**os.environ, 'OMP_NUM_THREADS': threads.group(1) if threads else '1'})
 '''
 
 def code_of(
@@ -65,23 +70,24 @@ def rerun(
     file: Path,         # table of the run
     commit: str|None,   # None: the code at hand
     folder: Path,       # where everything goes; empty
-    threads: int=1,     # of the processor; sums depend on it
 ) -> pd.DataFrame:      # the rows that come out
     "Do a run and all that it needs again, from nothing. Raises RuntimeError where it does not come to its end."
+    folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()): raise ParamsError(f'{folder}: is not empty')
     if commit: code = code_of(commit, folder/'code')
     else:
         code = folder/'code'; (code/'params').mkdir(parents=True); (code/'settings.ini').touch()    # a place of its own for results
-    environment = {**os.environ, 'SYNTHMR_HOME': str(folder/'artifacts'), 'OMP_NUM_THREADS': str(threads), **({'PYTHONPATH': str(code)} if commit else {})}
-    try: done = subprocess.run([sys.executable, '-c', AGAIN, file.stem, str(file.with_suffix('.yaml').resolve())], cwd=code, env=environment)
+    environment = {**os.environ, 'SYNTHMR_HOME': str(folder/'artifacts')}
+    if commit: environment['PYTHONPATH'] = os.pathsep.join([str(code), *filter(None, [os.environ.get('PYTHONPATH')])])
+    try: done = subprocess.run([sys.executable, '-c', AGAIN, file.stem, str(file.with_suffix('.yaml').resolve()), str(repository())], cwd=code, env=environment)
     finally:
         if commit: subprocess.run(['git', '-C', str(repository()), 'worktree', 'prune'], capture_output=True)
     again = code/'results'/file.parent.name/file.name
     if done.returncode or not again.is_file(): raise RuntimeError(f'{file.stem}: did not come to its end; what there is of it is in {folder}')
     return pd.read_csv(again)
 
-# %% ../../nbs/studies/60_reproduce.ipynb #ecebac36
+# %% ../../nbs/studies/60_reproduce.ipynb #0e893780
 CIRCUMSTANCES = ('commit', 'dirty', 'versions', 'device', 'seconds', 'peak_memory_mb', 'gpu_memory_mb')
 
 def differences(
@@ -91,7 +97,8 @@ def differences(
     "What two tables of the same run differ in."
     if len(before) != len(after): raise ValueError(f'{len(before)} rows before, {len(after)} after')
     rows = []
-    for column in [c for c in before if c in after]:
+    for column in before:
+        if column not in after: rows.append({'column': column, 'same': 0, 'of': len(before), 'largest': np.nan, 'before': 'there', 'after': 'missing'}); continue
         a, b = before[column].reset_index(drop=True), after[column].reset_index(drop=True)
         same = (a == b) | (a.isna() & b.isna())
         numbers = pd.api.types.is_numeric_dtype(a) and pd.api.types.is_numeric_dtype(b) and not pd.api.types.is_bool_dtype(a)
@@ -106,7 +113,7 @@ def reproduced(
     "Whether all that is to be the same is the same."
     return bool((found.same == found.of)[~found.column.isin(CIRCUMSTANCES)].all())
 
-# %% ../../nbs/studies/60_reproduce.ipynb #3de8ca3a
+# %% ../../nbs/studies/60_reproduce.ipynb #4ebdb94f
 def reproduce(
     where: str,         # 'results/…/NAME.csv' or with ':ROW'
     folder: Path,       # where the work is done again; empty
@@ -114,7 +121,8 @@ def reproduce(
 ) -> pd.DataFrame:      # from `differences`
     "Do the run of a row again and compare."
     file, rows = the_row(where)
-    commit, threads = rows.commit.iloc[0], re.search(r'(\d+) threads', str(rows.get('device', pd.Series([''])).iloc[0]))
-    if not here and pd.isna(commit): raise ParamsError(f'{file}: its code was in no commit; --here takes the code at hand')
-    again = rerun(file, None if here else commit, Path(folder), int(threads.group(1)) if threads else 1)
+    commit, whole = rows.commit.iloc[0], len(pd.read_csv(file))
+    if not here and (pd.isna(commit) or rows.get('dirty', pd.Series(False)).any()): raise ParamsError(f'{file}: no commit holds the code that made it; --here takes the code at hand')
+    again = rerun(file, None if here else commit, Path(folder))
+    if len(again) != whole: raise RuntimeError(f'{file.stem}: {whole} rows before, {len(again)} now')
     return differences(rows, again.loc[rows.index])

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['Request', 'Grid', 'Study', 'all_runs', 'template', 'record', 'job', 'write_plan', 'lost', 'beside', 'machine',
-           'snakemake_command', 'carrying_out', 'run_study', 'interrupt', 'interrupted_by_sigterm',
-           'compare_what_there_is', 'study_rows', 'render_pages', 'as_page']
+           'snakemake_command', 'lock_of', 'carrying_out', 'run_study', 'watched', 'interrupted_by_sigterm',
+           'study_rows', 'render_pages', 'as_page']
 
-# %% ../../nbs/studies/20_study.ipynb #89a74f36
-import fcntl
+# %% ../../nbs/studies/20_study.ipynb #2b50d877
 import json
 import math
 import os
@@ -17,6 +16,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -27,13 +27,13 @@ import psutil
 import torch
 from pydantic import Field, model_validator
 
+from ..files import try_lock, write_whole
 from ..params import Params, from_file, home, repository, resolved, runtime, save
 from .comparison import readable, relative, summary, trainings
 from .evaluation import EvaluationParams, EvaluationRun
-from .jobs import carry_out
-from .runs import DataRun, GeneratorRun, Run, SegmenterRun
+from .runs import DataRun, GeneratorRun, Resources, Run, SegmenterRun
 
-# %% ../../nbs/studies/20_study.ipynb #3a5f65db
+# %% ../../nbs/studies/20_study.ipynb #6b5ac20e
 class Request(Params):
     "What jobs of one kind ask for, where a study says so."
     threads: int|None = Field(None, ge=1)
@@ -100,6 +100,8 @@ class Study(Grid):
     @property
     def label(self) -> str: return 'comparison'
     @property
+    def asks(self) -> Resources: return self.segmenters[0].asks.model_copy(update={'hours': 12, 'threads': 1, 'gpus': 0})    # it searches for copies once more
+    @property
     def needs(self) -> list[Run]: return [*self.cells, *self.evaluations]
 
     @model_validator(mode='after')
@@ -150,7 +152,7 @@ def all_runs(
     visit(run)
     return list(found.values())
 
-# %% ../../nbs/studies/20_study.ipynb #d1646ce3
+# %% ../../nbs/studies/20_study.ipynb #ea865c00
 def template(
     report: str,    # such as 'generator'
 ) -> Path:
@@ -163,7 +165,7 @@ def record(
     run: Run,
 ) -> Path:
     "Where the job of a run says how it is (`synthmr.studies.jobs`)."
-    return home()/run.place/'jobs'/f'{run.name}.json'
+    return home()/run.place/'jobs'/f"{run.name}{'-incomplete' * getattr(run, 'incomplete', False)}.json"
 
 def job(
     run: Run,
@@ -171,19 +173,22 @@ def job(
 ) -> dict:          # plain data for the Snakefile
     "What Snakemake needs to know of a run; writes the run's parameters."
     params = run.result('.yaml')
-    if not (params.is_file() and run.result('.csv').is_file()): os.replace(save(run, run.result('.new')), params)
-    threads, memory, hours, gpus = (request.pop(key) for key in ('threads', 'memory', 'hours', 'gpus'))
+    if not (params.is_file() and run.result('.csv').is_file()): os.replace(save(run, run.result(f'.{os.getpid()}')), params)
+    threads, memory, hours, gpus = (request[key] for key in Resources.model_fields)
     return {'name': run.name, 'report': run.report, 'template': str(template(run.report)), 'params': str(params), 'notebook': str(run.result('.ipynb')),
             'rows': str(run.result('.csv')), 'record': str(record(run)), 'needs': [str(r.result('.csv')) for r in run.needs],
-            'threads': threads, 'memory_mb': math.ceil(1000 * memory), 'resources': {'runtime': math.ceil(60 * hours), **({'gpu': gpus} if gpus else {}), **request}}
+            'threads': threads, 'memory_mb': math.ceil(1000 * memory), 'resources': {'runtime': math.ceil(60 * hours), **({'gpu': gpus} if gpus else {}),
+                                                                                               **{k: v for k, v in request.items() if k not in Resources.model_fields}}}
 
 def write_plan(
     study: Grid,
 ) -> Path:      # JSON file that the Snakefile reads
-    "Write the graph of a study."
-    path = home()/study.place/f'{study.name}.plan.json'
+    "Write the graph of a study; that of an incomplete one is its comparison alone, of what there is."
+    path, planned = home()/study.place/f"{study.name}{'-incomplete' * study.incomplete}.plan.json", time.time()
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([job(run, study.request(run)) for run in all_runs(study)], indent=1))
+    jobs = [{**job(run, study.request(run)), 'planned': planned} for run in ([study] if study.incomplete else all_runs(study))]
+    if study.incomplete: jobs[0]['needs'] = [need for need in jobs[0]['needs'] if Path(need).is_file()]
+    write_whole(path, json.dumps(jobs, indent=1).encode())
     return path
 
 # %% ../../nbs/studies/20_study.ipynb #79ba9f5a
@@ -195,7 +200,7 @@ def lost(
     gone = {run.name for run in all_runs(study) if done[run.name] and run.artefact and not run.folder.is_dir()}
     return [run for run in all_runs(study) if run.name in gone and any(not done[r.name] and run in r.needs for r in all_runs(study))]
 
-# %% ../../nbs/studies/20_study.ipynb #60d1d054
+# %% ../../nbs/studies/20_study.ipynb #af49b612
 def beside(name: str) -> Path:
     "A file that lies beside this module."
     return (Path(__file__).parent if '__file__' in globals() else repository()/'synthmr'/'studies')/name
@@ -207,35 +212,32 @@ def machine(
 ) -> list[str]:             # arguments of Snakemake
     "Where jobs run."
     if profile is None:
-        gpus = torch.cuda.device_count()
-        return ['--cores', str(cores or 'all'), *(['--resources', f'gpu={gpus}'] if gpus else [])]
+        gpu = ['--resources', 'gpu=1'] if torch.cuda.is_available() else []  # jobs take turns: nothing deals out several cards here, as Slurm does
+        return ['--cores', str(cores or 'all'), *gpu]
     ours = beside('profiles')/profile
     return ['--profile', str(ours if ours.is_dir() else profile), *(['--jobs', str(jobs)] if jobs else [])]
 
 def snakemake_command(
-    study: Grid,
-    cores: int|None=None,   # processor cores to use; all where None
+    plan: Path,             # from `write_plan`
+    where: list[str],       # from `machine`
     arguments: tuple=(),    # more arguments for Snakemake
-    profile: str|None=None, # of Snakemake; None: this machine
-    jobs: int|None=None,    # at a time, on a cluster
 ) -> list[str]:
-    "The Snakemake call that carries out a study."
-    again = [run.name for run in lost(study)]
-    return [sys.executable, '-m', 'snakemake', '--snakefile', str(beside('Snakefile')), '--directory', str(repository()), *machine(profile, cores, jobs), '--keep-going', '--nolock',
-            '--keep-incomplete', '--rerun-incomplete', '--rerun-triggers', 'mtime', '--config', f'plan={write_plan(study)}', *arguments,
-            *(['--forcerun', *again] if again else [])]
+    "The Snakemake call that carries out a plan."
+    return [sys.executable, '-m', 'snakemake', '--snakefile', str(beside('Snakefile')), '--directory', str(repository()), *where, '--keep-going', '--nolock',
+            '--keep-incomplete', '--rerun-incomplete', '--rerun-triggers', 'mtime', '--config', f'plan={plan}', *arguments]
 
-# %% ../../nbs/studies/20_study.ipynb #7df4b889
+# %% ../../nbs/studies/20_study.ipynb #e8e18583
+def lock_of(study: Grid) -> Path: return home()/study.place/'jobs'/f'{study.name}.study'
+
 @contextmanager
 def carrying_out(study: Grid):
     "Hold a study; yields the descriptor of its lock. Raises RuntimeError where it is being carried out already."
-    path = home()/study.place/'jobs'/f'{study.name}.study'
+    path = lock_of(study)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, 'a+') as lock:
-        try: fcntl.flock(lock, fcntl.LOCK_EX|fcntl.LOCK_NB)
-        except OSError:
+        if not try_lock(lock, inherited=True):
             lock.seek(0)
-            raise RuntimeError(f'{study.name}: is being carried out already ({lock.read().strip()}); `synthmr status` says how far it is') from None
+            raise RuntimeError(f'{study.name}: is being carried out already ({lock.read().strip()}); `synthmr status` says how far it is')
         lock.truncate(0); lock.write(f'process {os.getpid()} on {socket.gethostname()}'); lock.flush()
         yield lock.fileno()
 
@@ -248,21 +250,32 @@ def run_study(
 ) -> int:                   # Snakemake's exit code
     "Carry out what of a study is not done yet; where some of it fails, compare what there is."
     with carrying_out(study) as lock:
-        snakemake = subprocess.Popen(snakemake_command(study, cores, arguments, profile, jobs), pass_fds=(lock,))
-        with interrupted_by_sigterm():
-            try: code = snakemake.wait()
-            except KeyboardInterrupt: interrupt(snakemake); raise
-        if code and '--dry-run' not in arguments: compare_what_there_is(study)
+        where = machine(profile, cores, jobs)
+        def snakemake(plan, *more) -> int: return watched(snakemake_command(plan, where, (*arguments, *more)), lock, local=profile is None)
+        again = [run.name for run in lost(study)]
+        code = snakemake(write_plan(study), *(['--forcerun', *again] if again else []))
+        partial = study.model_copy(update={'incomplete': True})
+        if code and '--dry-run' not in arguments and partial.finished and any(not run.result('.csv').is_file() for run in study.needs):
+            for suffix in ('.csv', '.ipynb'): partial.result(suffix).unlink(missing_ok=True)
+            snakemake(write_plan(partial))
     return code
 
-def interrupt(snakemake: subprocess.Popen):
-    "End Snakemake and the jobs that it runs on this machine; those of a cluster it cancels itself."
-    jobs = psutil.Process(snakemake.pid).children(recursive=True) if snakemake.poll() is None else []
-    snakemake.send_signal(signal.SIGINT)
-    for job in jobs:
-        try: job.terminate()
-        except psutil.NoSuchProcess: pass
-    snakemake.wait()
+def watched(
+    command: list[str], # of Snakemake
+    lock: int,          # descriptor that it shall hold, too
+    local: bool,        # whether its jobs are processes of this machine
+) -> int:               # its exit code
+    "Run Snakemake; Ctrl-C and SIGTERM end it and its jobs in order, those of a cluster it cancels itself."
+    snakemake = subprocess.Popen(command, pass_fds=(lock,), start_new_session=True)     # so that Ctrl-C reaches it once
+    with interrupted_by_sigterm():
+        try: return snakemake.wait()
+        except KeyboardInterrupt:
+            processes = psutil.Process(snakemake.pid).children(recursive=True) if local and snakemake.poll() is None else []
+            snakemake.send_signal(signal.SIGINT)
+            for process in processes:
+                try: process.terminate()
+                except psutil.NoSuchProcess: pass
+            snakemake.wait(); raise
 
 @contextmanager
 def interrupted_by_sigterm():
@@ -272,14 +285,7 @@ def interrupted_by_sigterm():
     try: yield
     finally: signal.signal(signal.SIGTERM, before)
 
-def compare_what_there_is(
-    study: Grid,
-) -> Path|None: # the report of an incomplete study; None where nothing is there to compare
-    "Carry out the comparison of a study without the cells that are missing, beside the place of the whole one."
-    partial = study.model_copy(update={'incomplete': True})
-    if partial.finished and carry_out(job(partial, study.request(study))) == 0: return partial.result('.ipynb')
-
-# %% ../../nbs/studies/20_study.ipynb #901fc9ed
+# %% ../../nbs/studies/20_study.ipynb #b0fe3bf4
 def study_rows(
     study: Grid,
 ) -> pd.DataFrame:  # one row a test subject, class and training
@@ -290,11 +296,11 @@ def render_pages(
     study: Grid,
 ) -> Path:          # the page of the comparison
     "Every report of a study as an HTML page beside its notebook; pages that are up to date stay, those of an incomplete comparison go."
-    for path in () if study.incomplete else study.result('.csv').parent.glob(f'{study.name}-incomplete.*'): path.unlink()
+    for path in () if not study.result('.csv').is_file() or study.incomplete else study.result('.csv').parent.glob(f'{study.name}-incomplete.*'): path.unlink()
     for run in all_runs(study):
         notebook, page = run.result('.ipynb'), run.result('.html')
         if not notebook.is_file(): continue
-        if not (page.is_file() and page.stat().st_mtime >= notebook.stat().st_mtime): page.write_text(as_page(notebook), encoding='utf-8')
+        if not (page.is_file() and page.stat().st_mtime >= notebook.stat().st_mtime): write_whole(page, as_page(notebook).encode())
     return study.result('.html')
 
 def as_page(
