@@ -10,7 +10,6 @@ __all__ = ['CLASS_COLOURS', 'MIXTURE_COLOURS', 'GENERATOR_NAMES', 'GENERATOR_COL
 
 # %% ../nbs/03_plots.ipynb #b4ba92d5
 from collections.abc import Sequence
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np

@@ -10,7 +10,6 @@ __all__ = ['BRAIN_INTENSITY', 'BRAIN_SHARE', 'SPLITS', 'PrepareParams', 'scaled'
 # %% ../../nbs/data/20_prepare.ipynb #4dc287e4
 import fcntl
 import json
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .augmentation import AdaptiveAugmentation, AugmentationParams
 from .generator import Generator, GeneratorParams
-from ..training import Phase, TrainingParams
+from ..training import Phase
 
 # %% ../../nbs/generators/25_adversarial.ipynb #3defd235
 def logistic(

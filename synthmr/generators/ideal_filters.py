@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import SQRT2, lrelu
+from .layers import SQRT2
 from .resampling import resampling_matrix
 
 # %% ../../nbs/generators/22_ideal_filters.ipynb #ac08c76e

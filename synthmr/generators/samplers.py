@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
-import torch
 from torch import Tensor
 
 # %% ../../nbs/generators/11_samplers.ipynb #b59d7921

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..metrics.overlap import evaluate_volume, to_volume
-from ..params import Params, check, resolved, runtime
+from ..params import Params, check
 from .augmentation import Augmentation, AugmentationParams, unpack, zscore
 from .swin import SwinParams, SwinSegmentation, validation_loss
 from .unet import UNet, head_weights, segmentation_loss

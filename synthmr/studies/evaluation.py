@@ -8,7 +8,6 @@ __all__ = ['EvaluationParams', 'EvaluationRun', 'extractors', 'make_evaluation']
 # %% ../../nbs/studies/18_evaluation.ipynb #98b9f642
 from typing import ClassVar
 
-import numpy as np
 import pandas as pd
 from pydantic import Field, model_validator
 

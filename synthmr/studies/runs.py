@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 from typing import ClassVar, Literal
 
-import numpy as np
 import pandas as pd
 from pydantic import Field, model_validator
 
@@ -22,8 +21,8 @@ from ..generators.diffusion import DiffusionParams
 from ..generators.families import AnyGenerator, build_generator
 from ..generators.generator import Generator
 from ..generators.sampling import sample_store
-from ..params import Params, fingerprint, from_file, home, repository, resolved, runtime, save
-from ..provenance import provenance, save_rows
+from ..params import Params, fingerprint, from_file, home, repository, runtime, save
+from ..provenance import save_rows
 from ..segmenters.training import AnySegmenter, UNetParams, evaluate_segmenter, load_segmenter, train_segmenter
 from ..slices import SliceStore
 from ..training import TrainingError, TrainingParams, load_weights, processes, train

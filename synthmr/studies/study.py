@@ -28,7 +28,7 @@ import torch
 from pydantic import Field, model_validator
 
 from ..files import try_lock, write_whole
-from ..params import Params, from_file, home, repository, resolved, runtime, save
+from ..params import Params, from_file, home, repository, runtime, save
 from .comparison import readable, relative, summary, trainings
 from .evaluation import EvaluationParams, EvaluationRun
 from .runs import DataRun, GeneratorRun, Resources, Run, SegmenterRun

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..checkpoints import optimizer_state
 from ..data.nifti import InputError, find_subjects
