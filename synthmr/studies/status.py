@@ -43,14 +43,14 @@ def progress(
         return 'sampling', min(1, images.stat().st_size / (run.images * 5 * run.data.resolution**2)), float('nan')
     return run.report, None, float('nan')
 
-# %% ../../nbs/studies/22_status.ipynb #da6d6f1c
+# %% ../../nbs/studies/22_status.ipynb #a3341ace
 def at_work(
     study: Grid,
 ) -> float|None:    # when it was planned (seconds since 1970); None where nobody carries it out
     "Since when a study is being carried out."
     lock, plan = lock_of(study), home()/study.place/f'{study.name}.plan.json'
     if not (lock.is_file() and plan.is_file()): return None
-    with open(lock) as file: return None if try_lock(file, inherited=True) else json.loads(plan.read_bytes())[0]['planned']
+    with open(lock) as file: return None if try_lock(file, inherited=True) else json.loads(plan.read_bytes())[0].get('planned', 0)
 
 def states(
     study: Grid,
@@ -60,7 +60,7 @@ def states(
     for run in all_runs(study):
         row = {'run': run.name, 'kind': run.report, 'state': 'waiting', 'share': None, 'left': float('nan'), 'line': '', 'where': '', 'notebook': str(run.result('.ipynb'))}
         said = read_record(record(run))
-        if planned and (said.get('state') in ('killed', 'lost') or said.get('state') == 'failed' and said['began'] < planned): said = {**said, 'state': 'waiting', 'line': f"once more; before: {said.get('line')}"}
+        if planned is not None and (said.get('state') in ('killed', 'lost') or said.get('state') == 'failed' and said['began'] < planned): said = {**said, 'state': 'waiting', 'line': f"once more; before: {said.get('line')}"}
         if run.result('.csv').is_file() and said.get('state') != 'running': row['state'] = 'done'
         elif said:
             row |= {'state': said['state'] if said['state'] != 'done' else 'waiting', 'line': said.get('line') or '', 'where': f"job {said['slurm']}" if said.get('slurm') else said.get('host', '')}
