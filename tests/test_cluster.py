@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from study_at_work import Watched, end, finished, start
+from study_at_work import Watched, end, finished, start, until
 from tiny import NETWORKS, generator, study
 
 from synthmr.studies.reproduce import differences, reproduced
@@ -37,23 +37,31 @@ def test_the_same_rows_as_here(place, monkeypatch):
     assert set(tables['cluster']) == set(tables['here']) and len(tables['here']) == 1 + 5 + 6 + 1
     for name in tables['here']: assert reproduced(found := differences(tables['here'][name], tables['cluster'][name])), found[found.same < found.of].to_string()
 
+def suspend(beyond: dict[Watched, int]) -> dict[Watched, int]:
+    "Hold each training as soon as it has a checkpoint newer than that; their steps."
+    held = {}
+    def all_held() -> bool:
+        for watched in beyond.keys() - held:
+            if watched.record.get('state') == 'running' and watched.step() > beyond[watched]: watched.kernel().suspend(); held[watched] = watched.step()
+        return len(held) == len(beyond)
+    until(all_held)
+    return held
+
 def scontrol(*arguments: str): subprocess.run(['scontrol', *arguments], check=True)
 
 def test_cancelled_requeued_out_of_time(place, monkeypatch):
     "One training is cancelled, then sent back to the queue as by a node that failed; another one hangs until its time is over. Both end as if nothing had been."
     monkeypatch.chdir(place/'cluster')
-    plan = study(generator('stylegan2', kimg=4, checkpoint_every=0.4), generator('diffusion', kimg=1, checkpoint_every=0.1), mixtures=['real', 'synthetic'], evaluation=None)
+    plan = study(generator('stylegan2', kimg=4, checkpoint_every=0.4), generator('diffusion', kimg=4, checkpoint_every=0.4), mixtures=['real', 'synthetic'], evaluation=None)
     style, diffusion = map(Watched, plan['generators'])
     process = start('study.yaml', plan, *CLUSTER)
 
-    diffusion.until_running()
-    diffusion.kernel().suspend()
+    at = suspend({style: 0, diffusion: 0})
     scontrol('update', f"JobId={diffusion.record['slurm']}", 'TimeLimit=1')
-
-    step = style.until_running()
     first = style.record['slurm']
     subprocess.run(['scancel', first], check=True)
-    step = style.until_running(step, attempt=2)
+    until(lambda: style.record.get('attempt') == 2)
+    suspend({style: at[style]})
     second = style.record
     assert second['slurm'] != first
     scontrol('requeue', second['slurm'])

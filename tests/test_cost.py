@@ -52,7 +52,7 @@ def paper(place, monkeypatch):
     return read
 
 def test_a_plan_holds_for_a_study_that_is_then_carried_out(place):
-    "Within a factor of three, for work of seconds on a machine that does other things, too."
+    "Within a factor of six, for work of half a second on a machine that does other things, too."
     study = Study.model_validate(STUDY)
     found = plan(study, progress=False)
     rates = measure(measurements(study), progress=False)
@@ -61,7 +61,7 @@ def test_a_plan_holds_for_a_study_that_is_then_carried_out(place):
     for kind, make in (('prepare', make_data), ('generator', make_generator), ('segmenter', make_segmenter)):
         began = time.perf_counter(); make(runs[kind]); actual = time.perf_counter() - began
         told = run_seconds(runs[kind], rates, found.sizes) - rates['report']['start']
-        assert 1/3 < told / actual < 3, (kind, told, actual)
+        assert 1/6 < told / actual < 6, (kind, told, actual)
     torch.set_num_threads(threads)
     real = sum(f.stat().st_size for f in runs['prepare'].folder.iterdir())
     sizes = data_sizes(study.data)
