@@ -4,16 +4,12 @@
 
 # %% auto #0
 __all__ = ['CHANNELS', 'SEQUENCES', 'CLASSES', 'ANNOTATION_VALUES', 'annotation_to_classes', 'classes_to_annotation', 'to_float',
-           'to_uint8', 'image_hashes', 'content_fingerprint', 'StoreError', 'StoreWriter', 'ImageFile', 'SliceStore',
-           'epoch_order', 'batch_order', 'batches', 'pool']
+           'to_uint8', 'StoreWriter', 'SliceStore', 'pool']
 
-# %% ../nbs/01_slices.ipynb #8bb5d6d6
+# %% ../nbs/01_slices.ipynb #b9259433
 import hashlib
-import itertools
 import json
-import math
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +17,7 @@ import pandas as pd
 import torch
 
 from .files import append_whole, full_disk_is, give_name, try_lock, write_whole
+from .images import ImageFile, StoreError, content_fingerprint, image_hashes
 
 # %% ../nbs/01_slices.ipynb #a10b9de9
 CHANNELS = ('T1w', 'T1wGd', 'T2w', 'FLAIR', 'annotation')  # order of the channels in a store
@@ -56,25 +53,7 @@ def to_uint8(
     grey[:, -1] = classes_to_annotation(annotation_to_classes(grey[:, -1]))
     return (grey + 0.5).astype(np.uint8)
 
-# %% ../nbs/01_slices.ipynb #255bdef0
-def image_hashes(
-    images: np.ndarray, # uint8 (n, C, H, W)
-) -> bytes:             # 16 for each image
-    "The first half of the SHA-256 of each image."
-    return b''.join(hashlib.sha256(image).digest()[:16] for image in np.ascontiguousarray(images))
-
-def content_fingerprint(
-    shape: tuple[int, ...], # C, H, W
-    hashes: bytes,          # of the images in their order
-    table: bytes,           # slices.csv
-) -> str:                   # 16 hexadecimal digits
-    "Short hash of what a store holds."
-    return hashlib.sha256(f'{tuple(shape)}'.encode() + hashlib.sha256(hashes).digest() + table).hexdigest()[:16]
-
-# %% ../nbs/01_slices.ipynb #8bea079e
-class StoreError(RuntimeError):
-    "A folder that is not a whole slice store: the message names the folder and the reason."
-
+# %% ../nbs/01_slices.ipynb #30deb5bc
 _HEADER = 128 # bytes reserved for the npy header, whose shape is known only at the end
 
 # %% ../nbs/01_slices.ipynb #71ef932c
@@ -183,55 +162,6 @@ def _write_json(path: Path, value): write_whole(path, (json.dumps(_plain(value),
 
 def _read_json(path: Path): return json.loads(path.read_text(encoding='utf-8'))
 
-# %% ../nbs/01_slices.ipynb #ce473f64
-class ImageFile:
-    "The images of an npy file by position, read when they are asked for; safe to share with forked processes and threads."
-    def __init__(
-        self,
-        path: Path, # npy file of an array (N, C, H, W); raises ValueError where it is damaged
-    ):
-        self.path, self.file = path, open(path, 'rb', buffering=0)
-        version = np.lib.format.read_magic(self.file)
-        if version not in _READ_HEADER: raise ValueError(f'npy format {version}')
-        self.shape, fortran, self.dtype = _READ_HEADER[version](self.file)
-        if len(self.shape) != 4 or fortran: raise ValueError(f'shape {self.shape}' + ' in the order of Fortran' * fortran)
-        self.numbers, self.start, size = np.arange(self.shape[0]), self.file.tell(), os.fstat(self.file.fileno()).st_size
-        self.channel = self.dtype.itemsize * math.prod(self.shape[2:])      # bytes
-        needed = math.prod(self.shape[:2]) * self.channel
-        if size < self.start + needed: raise ValueError(f'{size - self.start} bytes of images, its header says {needed}')
-
-    @property
-    def ndim(self) -> int: return len(self.shape)
-    def __len__(self) -> int: return self.shape[0]
-
-    def read(
-        self,
-        row: int,           # position of the first image, from 0
-        out: np.ndarray,    # contiguous, of whole images, or with `channel` of one channel of one image; filled
-        channel: int=0,     # from which to read
-    ):
-        "Read what lies on the disk from an image on into `out`."
-        rest, at = memoryview(out).cast('B'), self.start + (int(row) * self.shape[1] + channel) * self.channel
-        while rest:
-            n = os.preadv(self.file.fileno(), (rest,), at)
-            if not n: raise StoreError(f'{self.path}: ends within image {row}')
-            rest, at = rest[n:], at + n
-
-    def __getitem__(
-        self,
-        rows,           # what selects along the first axis of an array; or a pair of that and a channel
-    ) -> np.ndarray:    # (C, H, W) or (n, C, H, W), without C where a channel is given
-        rows, channel = rows if isinstance(rows, tuple) else (rows, None)
-        wanted = self.numbers[rows]
-        each = np.atleast_1d(wanted)
-        out = np.empty((len(each), *self.shape[1 if channel is None else 2:]), self.dtype)
-        if channel is None and len(each) and (np.diff(each) == 1).all(): self.read(each[0], out)
-        else:
-            for row, image in zip(each, out): self.read(row, image, (channel or 0) % self.shape[1])
-        return out if np.ndim(wanted) else out[0]
-
-_READ_HEADER = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-
 # %% ../nbs/01_slices.ipynb #ddf1cb6b
 class SliceStore:
     "A slice store, or the part of one that `where` selects."
@@ -329,71 +259,6 @@ def _reopen(source: Path|list[SliceStore], slices: pd.DataFrame) -> SliceStore:
     "A pickled store is opened again, not copied."
     store = pool(source) if isinstance(source, list) else SliceStore.open(source)
     return SliceStore(store.path, store.images, slices, store.meta)
-
-# %% ../nbs/01_slices.ipynb #86c3fe11
-def epoch_order(
-    sizes: list[int],           # number of images in each source
-    seed: int,                  # of the run
-    epoch: int,                 # number of the epoch, from 0
-) -> tuple[np.ndarray, np.ndarray]: # source and position in it, of each image of the epoch
-    "Shuffled order of one epoch in which every source is seen equally often."
-    rng = np.random.default_rng([seed, epoch])
-    n = max(sizes)
-    positions = [np.concatenate([rng.permutation(size) for _ in range(-(-n // size))])[:n] for size in sizes]
-    order = rng.permutation(n * len(sizes))
-    return np.repeat(np.arange(len(sizes)), n)[order], np.concatenate(positions)[order]
-
-# %% ../nbs/01_slices.ipynb #2e1f381f
-def batch_order(
-    sizes: list[int],   # number of images in each source
-    batch_size: int|Iterator[int],  # of every batch, or of each batch in turn
-    seed: int,
-    start: int=0,       # number of images to leave out
-    per_epoch: int|None=None,   # images dealt of each epoch; None: all
-) -> Iterator[tuple[np.ndarray, np.ndarray]]: # source and position of each image of a batch
-    "Endless batches of shuffled (source, position), any batch on its own."
-    if min(sizes, default=0) == 0: raise ValueError('a training set without images')
-    per_epoch = per_epoch or max(sizes) * len(sizes)
-    epoch, order, first = -1, None, start
-    for need in itertools.repeat(batch_size) if isinstance(batch_size, int) else batch_size:
-        parts = []
-        while need:
-            if first // per_epoch != epoch: epoch = first // per_epoch; order = np.stack(epoch_order(sizes, seed, epoch))[:, :per_epoch]
-            at = first % per_epoch
-            parts.append(order[:, at:at + need])
-            first += parts[-1].shape[1]; need -= parts[-1].shape[1]
-        yield tuple(np.concatenate(parts, axis=1))
-
-# %% ../nbs/01_slices.ipynb #e6695467
-class _Batches(torch.utils.data.Dataset):
-    "Reads the images of a batch, given its (source, position)."
-    def __init__(self, sources: list[SliceStore]): self.sources = sources
-    def __getitem__(self, batch):
-        which, position = batch
-        out = np.empty((len(which), *self.sources[0].images.shape[1:]), np.uint8)
-        for image, s, p in zip(out, which, position): self.sources[s].images.read(self.sources[s].slices.index[p], image)
-        return torch.from_numpy(out)
-
-def batches(
-    sources: list[SliceStore],  # sampled equally often; same channels and resolution
-    batch_size: int|Iterator[int],  # of every batch, or of each batch in turn
-    seed: int,
-    start: int=0,               # number of images already seen, when resuming
-    workers: int=0,             # worker processes that read ahead; 0 reads in this process
-    share: tuple[int, int]=(0, 1),  # (k, n): only every n-th batch, from the k-th on
-    per_epoch: int|None=None,   # images dealt of each epoch; None: all
-) -> Iterator[torch.Tensor]:    # float32 (batch_size, C, H, W) in [-1, 1]
-    "Endless shuffled batches from one or more stores."
-    shapes = {s.images.shape[1:] for s in sources}
-    if len(shapes) != 1: raise ValueError(f'stores of different shape cannot be mixed: {sorted(shapes)}')
-    order = itertools.islice(batch_order([len(s) for s in sources], batch_size, seed, start, per_epoch), share[0], None, share[1])
-    loader = torch.utils.data.DataLoader(_Batches(sources), sampler=_Endless(order), batch_size=None, num_workers=workers)
-    return (to_float(batch) for batch in loader)
-
-class _Endless(torch.utils.data.Sampler):
-    "An iterator in the dress of a sampler."
-    def __init__(self, order): self.order = order
-    def __iter__(self): return self.order
 
 # %% ../nbs/01_slices.ipynb #daf78a99
 class _Chain:

@@ -25,10 +25,11 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .batches import batches
 from .checkpoints import Log, TrainingError, claim, newest_checkpoint, optimizer_state, restore_optimizer, save_checkpoint, to_cpu, writing
 from .files import write_whole
 from .params import Params, runtime
-from .slices import SliceStore, batches
+from .slices import SliceStore
 from .watching import Events, png
 
 # %% ../nbs/02_training.ipynb #e7c14a10

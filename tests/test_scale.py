@@ -11,7 +11,9 @@ import pandas as pd
 import pytest
 import torch
 
-from synthmr.slices import CHANNELS, SliceStore, StoreWriter, _npy_header, batches, image_hashes
+from synthmr.batches import batches
+from synthmr.images import image_hashes
+from synthmr.slices import CHANNELS, SliceStore, StoreWriter, _npy_header
 
 SHAPE, SIZES = (len(CHANNELS), 256, 256), (2_000, 91_271)
 MARGIN = 200    # MB: two batches of 16 as bytes and as floats are 52 MB, which the allocator may keep twice; rows and order of 91,271 slices are 30 MB; the images that are read are 970 MB

@@ -15,7 +15,8 @@ from synthmr.segmenters.elastic import SwinAugmentation, SwinAugmentationParams,
 from synthmr.segmenters.swin import Swin, SwinParams, SwinSegmentation, decay_groups, dice_cross_entropy, validation_loss, warmup_then_linear
 from synthmr.segmenters.training import (Segmentation, UNetParams, confusion, dice_of_counts, evaluate_segmenter, load_segmenter, segment, split_validation, train_segmenter,
                                          training_length, unpack)
-from synthmr.slices import annotation_to_classes, batch_order, to_float
+from synthmr.batches import batch_order
+from synthmr.slices import annotation_to_classes, to_float
 from synthmr.studies.evaluation import make_evaluation
 from synthmr.studies.runs import SegmenterRun, make_data, make_generator, make_segmenter
 from synthmr.studies.study import Study

@@ -13,7 +13,8 @@ from PIL import Image
 
 from synthmr.data.simulated import SimulatedParams, simulate_cohort
 from synthmr.data.prepare import PrepareParams, prepare
-from synthmr.slices import batches, to_float
+from synthmr.batches import batches
+from synthmr.slices import to_float
 
 BATCH, COUNT = 16, 12
 
