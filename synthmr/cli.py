@@ -15,7 +15,7 @@ from pathlib import Path
 from . import __version__
 from .params import ParamsError, check, load, read_yaml
 
-# %% ../nbs/90_cli.ipynb #79b7c556
+# %% ../nbs/90_cli.ipynb #654817e6
 def _simulate(a: argparse.Namespace) -> int:
     from synthmr.data.simulated import SimulatedParams, simulate_cohort
     params = check(SimulatedParams, {'subjects': a.subjects, 'seed': a.seed, 'spacing': a.spacing, 'workers': a.workers}, 'synthmr simulate')
@@ -58,13 +58,12 @@ def _study(a: argparse.Namespace) -> int:
     study = load_study(a.file)
     code = run_study(study, a.cores, (*a.snakemake, *(['--dry-run'] if a.dry_run else [])), a.profile, a.jobs)
     if a.dry_run: return code
-    lacking = missing(study)
-    if code: print('\n' + status_text(states(study)))
-    if code and not len(lacking): return code   # the comparison itself
-    if len(lacking):
+    if code:
+        print('\n' + status_text(states(study)))
         study = study.model_copy(update={'incomplete': True})
-        if not study.result('.csv').is_file(): return code or 1
-    print(f'\n{study.place}: mean ± standard deviation over trainings' + (', SIMULATED patients' if study.data.simulated else '') + (f', INCOMPLETE: {len(lacking)} runs are missing' if len(lacking) else ''))
+        if not study.result('.csv').is_file(): return code      # nothing to compare, or the comparison itself failed
+    incomplete = f', INCOMPLETE: {len(missing(study))} runs are missing' if code else ''
+    print(f'\n{study.place}: mean ± standard deviation over trainings' + (', SIMULATED patients' if study.data.simulated else '') + incomplete)
     print(study.answer().to_string(index=False))
     print(f'\n{render_pages(study)}')
     return code

@@ -11,11 +11,12 @@ import pandas as pd
 import pytest
 import yaml
 
+from tiny import DATA
+
 from synthmr.params import load
 from synthmr.studies.study import Study, all_runs
 
 ROOT = Path(__file__).resolve().parents[1]
-DATA = {'dataset': 'tiny', 'simulated': {'subjects': 6, 'seed': 3, 'spacing': 4}, 'resolution': 16, 'test_share': 0.34}
 GENERATOR = {'kind': 'diffusion', 'process': 'edm', 'channels': 8, 'multipliers': [1], 'blocks': 1, 'attention': [], 'patch': 2, 'sampler': 'dpm_solver', 'sampling_steps': 4,
              'training': {'kimg': 0.5, 'batch_size': 16}}
 SEGMENTER = {'kind': 'unet', 'levels': 3, 'filters': 8, 'optimiser': 'adamw', 'learning_rate': 0.01, 'validate_every': 0.5, 'training': {'kimg': 1.5, 'batch_size': 8}}

@@ -8,6 +8,8 @@ import pytest
 import torch
 from monai.losses import DiceCELoss
 
+from tiny import DATA
+
 from synthmr.data.prepare import example_store
 from synthmr.params import ParamsError, check, fingerprint, load
 from synthmr.segmenters.augmentation import Augmentation, AugmentationParams, warp
@@ -286,7 +288,7 @@ def test_a_trained_unet_is_found_behind_the_same_door(real, tmp_path):
 
 def test_a_study_whose_first_segmenter_is_a_swin_judges_with_it(tmp_path, monkeypatch):
     monkeypatch.setenv('SYNTHMR_HOME', str(tmp_path))
-    data = {'dataset': 'tiny', 'simulated': {'subjects': 6, 'seed': 3, 'spacing': 4}, 'resolution': 16, 'test_share': 0.34}
+    data = DATA
     generator = {'kind': 'stylegan2', 'latents': 8, 'width': 8, 'mapping_layers': 1, 'channel_base': 64, 'channel_max': 8, 'path_weight': 0, 'training': {'kimg': 0.1, 'batch_size': 8}}
     segmenter = {'kind': 'swin', 'patch': 2, 'window': 4, 'channels': 8, 'depths': [1, 1, 1], 'heads': [1, 2, 4], 'head_channels': 8, 'auxiliary_channels': 8, 'warmup': 2, 'training': {'kimg': 0.1}}
     study = Study.model_validate({'data': data, 'generators': [{'data': data, 'generator': generator, 'images': 40}], 'segmenters': [{'data': data, 'segmenter': segmenter}], 'seeds': [0],

@@ -6,7 +6,7 @@
 __all__ = ['BEAT', 'SILENCE', 'LINE', 'DIED', 'write_record', 'read_record', 'beating', 'plain', 'duration', 'only_one',
            'carry_out', 'failed_already', 'asks', 'job_environment', 'main']
 
-# %% ../../nbs/studies/19_jobs.ipynb #d742f4fd
+# %% ../../nbs/studies/19_jobs.ipynb #ac208173
 import errno
 import json
 import math
@@ -23,9 +23,9 @@ from pathlib import Path
 
 import psutil
 
-from ..files import try_lock
+from ..files import try_lock, write_whole
 
-# %% ../../nbs/studies/19_jobs.ipynb #ba1b8e09
+# %% ../../nbs/studies/19_jobs.ipynb #043526c0
 BEAT = 15           # seconds between signs of life
 SILENCE = 180       # seconds without one after which a job on another machine counts as lost
 
@@ -35,9 +35,7 @@ def write_record(
 ):
     "Replace the record of a job; it is whole at any time."
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f'{path.name}.{os.getpid()}')
-    partial.write_text(json.dumps(facts, indent=1) + '\n', encoding='utf-8')
-    os.replace(partial, path)
+    write_whole(path, json.dumps(facts, indent=1).encode() + b'\n')
 
 def read_record(
     path: Path,

@@ -7,7 +7,7 @@ __all__ = ['Request', 'Grid', 'Study', 'all_runs', 'template', 'record', 'job', 
            'snakemake_command', 'lock_of', 'carrying_out', 'run_study', 'watched', 'interrupted_by_sigterm',
            'study_rows', 'render_pages', 'as_page']
 
-# %% ../../nbs/studies/20_study.ipynb #2b50d877
+# %% ../../nbs/studies/20_study.ipynb #62f0e01d
 import json
 import math
 import os
@@ -33,7 +33,7 @@ from .comparison import readable, relative, summary, trainings
 from .evaluation import EvaluationParams, EvaluationRun
 from .runs import DataRun, GeneratorRun, Resources, Run, SegmenterRun
 
-# %% ../../nbs/studies/20_study.ipynb #6b5ac20e
+# %% ../../nbs/studies/20_study.ipynb #cec8f2d8
 class Request(Params):
     "What jobs of one kind ask for, where a study says so."
     threads: int|None = Field(None, ge=1)
@@ -45,6 +45,7 @@ class Request(Params):
     @property
     def given(self) -> dict: return {**{k: v for k, v in self if k != 'extra' and v is not None}, **self.extra}
 
+# %% ../../nbs/studies/20_study.ipynb #afc3598c
 class Grid(Run):
     "Runs that are compared: what a study is to Snakemake."
     artefact: ClassVar[bool] = False
@@ -86,6 +87,7 @@ class Grid(Run):
         "What a person wants to see when the study has ended."
         raise NotImplementedError
 
+# %% ../../nbs/studies/20_study.ipynb #5de827d3
 class Study(Grid):
     "Everything that is compared on one data set."
     report: ClassVar[str] = 'comparison'
@@ -226,7 +228,7 @@ def snakemake_command(
     return [sys.executable, '-m', 'snakemake', '--snakefile', str(beside('Snakefile')), '--directory', str(repository()), *where, '--keep-going', '--nolock',
             '--keep-incomplete', '--rerun-incomplete', '--rerun-triggers', 'mtime', '--config', f'plan={plan}', *arguments]
 
-# %% ../../nbs/studies/20_study.ipynb #e8e18583
+# %% ../../nbs/studies/20_study.ipynb #e724e6f9
 def lock_of(study: Grid) -> Path: return home()/study.place/'jobs'/f'{study.name}.study'
 
 @contextmanager
@@ -254,10 +256,10 @@ def run_study(
         def snakemake(plan, *more) -> int: return watched(snakemake_command(plan, where, (*arguments, *more)), lock, local=profile is None)
         again = [run.name for run in lost(study)]
         code = snakemake(write_plan(study), *(['--forcerun', *again] if again else []))
-        partial = study.model_copy(update={'incomplete': True})
-        if code and '--dry-run' not in arguments and partial.finished and any(not run.result('.csv').is_file() for run in study.needs):
-            for suffix in ('.csv', '.ipynb'): partial.result(suffix).unlink(missing_ok=True)
-            snakemake(write_plan(partial))
+        if code and '--dry-run' not in arguments:
+            partial = study.model_copy(update={'incomplete': True})
+            for suffix in ('.csv', '.ipynb'): partial.result(suffix).unlink(missing_ok=True)    # what an earlier try left
+            if partial.finished and any(not run.result('.csv').is_file() for run in study.needs): snakemake(write_plan(partial))
     return code
 
 def watched(
