@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'Family', 'AnyGenerator', 'Kept', 'read_kept', 'ImportedParams', 'family_of', 'build_generator', 'size_of',
-           'load_generator']
+           'load_generator', 'sample_kept']
 
-# %% ../../nbs/generators/60_families.ipynb #9255a0a4
+# %% ../../nbs/generators/60_families.ipynb #a2a110c4
 import hashlib
 from pathlib import Path
 from typing import Annotated, Literal
@@ -18,11 +18,14 @@ from ..files import read_json
 from .diffusion import Diffusion, DiffusionParams
 from .generator import Generator
 from .progressive_gan import ProgressiveGAN, ProgressiveGANParams
+from .sampling import sample_store
 from .stylegan1 import StyleGAN1, StyleGAN1Params
 from .stylegan2 import StyleGAN2, StyleGAN2Params
 from .stylegan3 import StyleGAN3, StyleGAN3Params
 from ..params import Params, check, runtime
-from ..training import TrainingError, load_weights
+from ..provenance import provenance
+from ..slices import SliceStore
+from ..training import TrainingError, find_device, load_weights
 
 # %% ../../nbs/generators/60_families.ipynb #7e5620fd
 FAMILIES = {'progressive_gan': (ProgressiveGANParams, ProgressiveGAN), 'stylegan1': (StyleGAN1Params, StyleGAN1), 'stylegan2': (StyleGAN2Params, StyleGAN2),
@@ -94,7 +97,7 @@ def build_generator(
     family = family_of(params)
     return FAMILIES[family.kind][1](family, resolution)
 
-# %% ../../nbs/generators/60_families.ipynb #08b1188b
+# %% ../../nbs/generators/60_families.ipynb #bb9c7ac1
 def size_of(
     params: Family,
     resolution: int,
@@ -116,3 +119,20 @@ def load_generator(
     if wanted and (found := hashlib.sha256((place/'weights.safetensors').read_bytes()).hexdigest()) != wanted:
         raise TrainingError(f"{place/'weights.safetensors'}: its SHA-256 is {found}, not {wanted}")
     return generator.eval()
+
+def sample_kept(
+    folder: str|Path,       # as for `load_generator`
+    path: str|Path,         # of the slice store
+    n: int,                 # images
+    seed: int,
+    batch_size: int=64,
+    device: str='auto',
+    progress: bool=True,
+) -> SliceStore:
+    "Draw images 0 to n - 1 from a kept generator into a store, or go on with it. Raises as `load_generator` and `sample_store` do."
+    if n < 1 or seed < 0: raise ValueError(f'n is at least 1 and seed at least 0, not {n} and {seed}')
+    place, kept, config = read_kept(folder)
+    made = {'generator': kept.generator, 'weights': hashlib.sha256((place/'weights.safetensors').read_bytes()).hexdigest()} if (place/'weights.safetensors').is_file() else {}
+    facts = {'imported': config['imported']} if 'imported' in config else {'simulated': bool(config['data'].get('simulated'))} if isinstance(config.get('data'), dict) else {}
+    generator = load_generator(folder).to(find_device(device))
+    return sample_store(generator, path, n, seed, {'resolution': kept.resolution, **made, **facts, 'provenance': provenance()}, batch_size, progress)
