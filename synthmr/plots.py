@@ -6,9 +6,9 @@
 __all__ = ['CLASS_COLOURS', 'MIXTURE_COLOURS', 'GENERATOR_NAMES', 'GENERATOR_COLOURS', 'SEGMENTER_NAMES', 'DATASET_NAMES',
            'use_style', 'overlay', 'strip', 'montage', 'class_legend', 'segmentations', 'curves', 'tumour_along_z',
            'dice_by_subject', 'relative_dice', 'relative_dice_intervals', 'rank_stability', 'fidelity_against_dice',
-           'published_beside', 'highest_correlations', 'ratio_curve', 'ensemble_sizes']
+           'published_beside', 'highest_correlations', 'ratio_curve', 'ensemble_sizes', 'stand_ins']
 
-# %% ../nbs/03_plots.ipynb #b4ba92d5
+# %% ../nbs/03_plots.ipynb #40efa4c8
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
@@ -317,4 +317,33 @@ def ensemble_sizes(
         axis.hlines(table.dice_mean[table.members == k].mean(), x - 0.4, x + 0.4, color='black', lw=1.5)
     axis.set(xticks=range(len(sizes)), xticklabels=sizes, xlabel='generators in the pool', ylabel='mean 3D Dice')
     if title: axis.set_title(title, loc='left')
+    return figure
+
+# %% ../nbs/03_plots.ipynb #b5e7acb5
+def stand_ins(
+    published: pd.DataFrame,    # one row a setting: `dataset`, `segmenter`, `generator`, `relative_dice`
+    ours: pd.DataFrame,         # also with `relative_dice_low`, `relative_dice_high`; its data set is called `name`
+    name: str='here',
+    width: float=7.5,           # inches
+) -> plt.Figure:
+    "Relative Dice of segmenters that saw synthetic images only: published marks, our values with their intervals."
+    order = [g for g in GENERATOR_NAMES if g in set(ours.generator) | set(published.generator)]
+    shapes, fills = dict(zip(SEGMENTER_NAMES, 'os')), dict(zip(DATASET_NAMES, ('white', '#9A9A9A')))
+    figure, axis = plt.subplots(figsize=(width, 0.9 + 0.62 * len(order)))
+    axis.axvline(1, color='grey', lw=0.8, ls=':')
+    axis.annotate('as good as real images', (1, 1), xycoords=('data', 'axes fraction'), xytext=(-3, 2), textcoords='offset points', fontsize=7.5, color='#555555', ha='right')
+    for y, generator in enumerate(order):
+        for k, segmenter in enumerate(SEGMENTER_NAMES):
+            height = y + (k - 0.5) * 0.36
+            for r in published[(published.generator == generator) & (published.segmenter == segmenter)].itertuples():
+                axis.plot(r.relative_dice, height - 0.08, shapes[segmenter], ms=5, color=fills[r.dataset], mec='#4D4D4D', mew=0.9)
+            for r in ours[(ours.generator == generator) & (ours.segmenter == segmenter)].itertuples():
+                axis.plot([r.relative_dice_low, r.relative_dice_high], [height + 0.08] * 2, color=GENERATOR_COLOURS[generator], lw=2.2, solid_capstyle='butt')
+                axis.plot(r.relative_dice, height + 0.08, shapes[segmenter], ms=6, color=GENERATOR_COLOURS[generator], mec='black', mew=0.6)
+    axis.set(yticks=range(len(order)), yticklabels=[GENERATOR_NAMES[g] for g in order], ylim=(len(order) - 0.4, -0.6), xlim=(0, 1.08), xlabel='relative Dice, synthetic images only, with augmentation')
+    axis.tick_params(axis='y', length=0)
+    def mark(label, shape='o', fill='white', edge='#4D4D4D'): return plt.Line2D([], [], ls='', marker=shape, color=fill, mec=edge, label=label)
+    marks = [*(mark(n, s, '#4D4D4D') for n, s in zip(SEGMENTER_NAMES.values(), shapes.values())), *(mark(f'{DATASET_NAMES[d]}, published', 'D', f) for d, f in fills.items()),
+             plt.Line2D([], [], color='#E69F00', lw=2.2, marker='D', mec='black', label=f'{name}, 95 % interval')]
+    figure.legend(handles=marks, loc='outside lower center', ncols=5, fontsize=7.5)
     return figure
