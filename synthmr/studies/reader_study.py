@@ -155,12 +155,12 @@ def make_reader_study(
     write_whole(page, html.encode())
     return content
 
-# %% ../../nbs/studies/70_reader_study.ipynb #037f3995
+# %% ../../nbs/studies/70_reader_study.ipynb #2d92e634
 def key_summary(
     key: dict,      # what `make_reader_study` gives
 ) -> pd.DataFrame:  # one row a source: `source`, `images`, `subjects` (0: not known), `with_tumour` (share)
     "What was drawn of each source."
     rows = pd.DataFrame(key['images'])
-    known = rows.assign(subject=rows['subject'] if 'subject' in rows else None).groupby('source', sort=False)
+    known = rows.assign(subject=rows.get('subject')).groupby('source', sort=False)
     found = pd.DataFrame({'images': known.size(), 'subjects': known.subject.nunique(), 'with_tumour': known.tumour.apply(lambda t: (t > 0).mean())})
     return found.reindex(list(key['sources'])).rename_axis('source').reset_index()
