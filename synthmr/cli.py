@@ -42,7 +42,7 @@ def _train(a: argparse.Namespace) -> int:
 
 def load_study(
     path: Path, # YAML file; its key `study` says of which kind, a comparison where there is none
-) -> 'Grid':
+):          # a `Grid`
     "Read the parameters of a study; raises ParamsError where they cannot be."
     from synthmr.studies.ensemble import EnsembleStudy
     from synthmr.studies.ratio import RatioStudy
