@@ -97,3 +97,11 @@ def test_what_the_workflow_calls_exists():
     targets = re.findall(r'^([a-z]+):', (ROOT/'Makefile').read_text(), re.M)
     assert called and all(c.split()[0] == 'make' and c.split()[1] in targets for c in called)
     assert '_docs/html' in [step['with']['path'] for step in jobs['build']['steps'] if 'path' in step.get('with', {})]
+
+def test_readme_says_what_the_result_files_say(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(ROOT/'nbs'/'_site')
+    import readme
+    text, found = (ROOT/'README.md').read_text(encoding='utf-8'), readme.shown(ROOT/'results')
+    assert readme.with_answer(text, found) == text
+    assert (found.folder/'answer.svg').is_file() and 'SIMULATED' in readme.answer(found)
