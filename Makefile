@@ -41,8 +41,9 @@ export: $(READY) ## write the package from the notebooks
 	nbdev_export
 	nbdev_clean
 
-keep: $(READY) ## shrink executed reports that are to be committed: make keep RESULTS=results/small
+keep: $(READY) ## shrink executed reports that are to be committed, put the answer into README: make keep RESULTS=results/small
 	python nbs/_site/keep.py $(RESULTS)
+	python nbs/_site/readme.py
 
 bench: $(READY) ## measure against floors and peers; prints ratios
 	for file in tests/bench/bench_*.py; do python $$file || exit 1; done

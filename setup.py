@@ -27,7 +27,7 @@ setup(
     # The report templates are notebooks of `nbs/reports`; an installed package carries them as `synthmr.templates`.
     packages=[*find_packages(include=['synthmr', 'synthmr.*']), 'synthmr.templates'],
     package_dir={'synthmr.templates': 'nbs/reports'},
-    package_data={'synthmr': ['data/splits/*.csv', 'data/published/*', 'studies/Snakefile', 'studies/profiles/*/*.yaml'], 'synthmr.templates': ['*.ipynb']},
+    package_data={'synthmr': ['data/splits/*.csv', 'data/published/*', 'studies/Snakefile', 'studies/*.html', 'studies/profiles/*/*.yaml'], 'synthmr.templates': ['*.ipynb']},
     entry_points={'console_scripts': s['console_scripts'].split()},
     zip_safe=False,
 )

@@ -15,7 +15,7 @@ from pathlib import Path
 from . import __version__
 from .params import ParamsError, check, load, read_yaml
 
-# %% ../nbs/90_cli.ipynb #654817e6
+# %% ../nbs/90_cli.ipynb #b2271792
 def _simulate(a: argparse.Namespace) -> int:
     from synthmr.data.simulated import SimulatedParams, simulate_cohort
     params = check(SimulatedParams, {'subjects': a.subjects, 'seed': a.seed, 'spacing': a.spacing, 'workers': a.workers}, 'synthmr simulate')
@@ -54,7 +54,7 @@ def _sample(a: argparse.Namespace) -> int:
 
 def load_study(
     path: Path, # YAML file; its key `study` says of which kind, a comparison where there is none
-) -> 'Grid':
+):          # a `Grid`
     "Read the parameters of a study; raises ParamsError where they cannot be."
     from synthmr.studies.ensemble import EnsembleStudy
     from synthmr.studies.ratio import RatioStudy
@@ -104,7 +104,31 @@ def _published(a: argparse.Namespace) -> int:
     for path in write_published(a.out): print(path)
     return 0
 
-# %% ../nbs/90_cli.ipynb #b5a0ae35
+def _reader_make(a: argparse.Namespace) -> int:
+    from synthmr.studies.reader_study import ReaderStudyParams, key_summary, make_reader_study
+    stores = [pair.partition('=') for pair in a.synthetic]
+    if wrong := [name for name, equals, store in stores if not (name and equals and store) or [n for n, *_ in stores].count(name) > 1]:
+        raise ParamsError(f'synthmr reader-study make: --synthetic: NAME=STORE is wanted, each name once, not {wrong[0]!r}')
+    given = {'real': str(a.real), 'synthetic': {name: store for name, _, store in stores}, 'images': a.images, 'split': None if a.split == 'all' else a.split, 'tumour': a.tumour, 'graded': a.graded, 'seed': a.seed}
+    place = a.key or a.page.with_suffix('.key.json')
+    key = make_reader_study(check(ReaderStudyParams, given, 'synthmr reader-study make'), a.page, place)
+    found = key_summary(key)
+    print(found.round(2).to_string(index=False))
+    if found.with_tumour.max() - found.with_tumour.min() > 0.2: print('tumours are shown unequally often, which may tell sources apart: --tumour draws only slices with tumour')
+    print(f"\n{a.page}: for readers, study {key['study']}, {len(key['images'])} images, {a.page.stat().st_size/1e6:.1f} MB" + (', SIMULATED patients' if key['simulated'] else ''))
+    print(f'{place}: what each image is; keep it from readers')
+    return 0
+
+def _reader_score(a: argparse.Namespace) -> int:
+    from synthmr.studies.reader_report import score, scores_text, write_scores
+    from synthmr.studies.reader_scores import read_answers, read_key
+    key = read_key(a.key)
+    scores = score(key, read_answers(key, a.answers, a.partial))
+    print(scores_text(scores, key['simulated']))
+    for path in write_scores(scores, a.out, key) if a.out else (): print(path)
+    return 0
+
+# %% ../nbs/90_cli.ipynb #aa6056f4
 def parser() -> argparse.ArgumentParser:
     "The command line of `synthmr`."
     top = argparse.ArgumentParser('synthmr', description="Can synthetic MR images be shared instead of patients' images?",
@@ -112,8 +136,8 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument('--version', action='version', version=f'synthmr {__version__}')
     verbs = top.add_subparsers(required=True, metavar='COMMAND')
 
-    def verb(name, run, help):
-        p = verbs.add_parser(name, help=help, description=help[0].upper() + help[1:] + '.', formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    def verb(name, run, help, among=verbs):
+        p = among.add_parser(name, help=help, description=help[0].upper() + help[1:] + '.', formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         p.set_defaults(run=run)
         return p
 
@@ -176,6 +200,23 @@ def parser() -> argparse.ArgumentParser:
 
     p = verb('published', _published, "relative Dice, ranks and inconsistencies of the paper's printed tables, as CSV")
     p.add_argument('out', metavar='OUT', type=Path, help='folder of relative_dice.csv, ranks.csv and inconsistencies.csv')
+
+    steps = verb('reader-study', None, 'can people tell real images from synthetic ones: a page for readers, and its scores').add_subparsers(required=True, metavar='STEP')
+    p = verb('make', _reader_make, 'draw images and write the page that readers open in a browser, and the key that stays behind', steps)
+    p.add_argument('page', metavar='PAGE', type=Path, help='HTML file to write')
+    p.add_argument('--real', metavar='STORE', type=Path, required=True, help='slice store of patients')
+    p.add_argument('--synthetic', metavar='NAME=STORE', nargs='+', required=True, help='slice stores by the name of their generator')
+    p.add_argument('--key', metavar='FILE', type=Path, help='JSON file to write (default: PAGE with .key.json)')
+    p.add_argument('--images', metavar='N', type=int, default=100, help='of each source')
+    p.add_argument('--split', metavar='S', default='test', help='of the subjects of real images: test (which no generator has seen), train or all')
+    p.add_argument('--tumour', action='store_true', help='only slices with tumour')
+    p.add_argument('--graded', action='store_true', help='five answers from surely synthetic to surely real, so that there is an ROC curve')
+    p.add_argument('--seed', metavar='S', type=int, help='of what is drawn; noted in the key (default: drawn)')
+    p = verb('score', _reader_score, "Table 8 from the key and the readers' answers: shares, sensitivity, specificity, AUC, agreement, with intervals", steps)
+    p.add_argument('key', metavar='KEY', type=Path, help='JSON file that `make` wrote')
+    p.add_argument('answers', metavar='ANSWERS', type=Path, nargs='+', help='CSV files that readers saved from the page')
+    p.add_argument('--partial', action='store_true', help='take readers who have not finished')
+    p.add_argument('--out', metavar='FOLDER', type=Path, help='write tables, text and figure there, too')
     return top
 
 # %% ../nbs/90_cli.ipynb #398565f9

@@ -6,9 +6,9 @@
 __all__ = ['CLASS_COLOURS', 'MIXTURE_COLOURS', 'GENERATOR_NAMES', 'GENERATOR_COLOURS', 'SEGMENTER_NAMES', 'DATASET_NAMES',
            'use_style', 'overlay', 'strip', 'montage', 'class_legend', 'segmentations', 'curves', 'tumour_along_z',
            'dice_by_subject', 'relative_dice', 'relative_dice_intervals', 'rank_stability', 'fidelity_against_dice',
-           'published_beside', 'highest_correlations', 'ratio_curve', 'ensemble_sizes']
+           'published_beside', 'highest_correlations', 'ratio_curve', 'ensemble_sizes', 'stand_ins', 'taken_for_real']
 
-# %% ../nbs/03_plots.ipynb #b4ba92d5
+# %% ../nbs/03_plots.ipynb #40efa4c8
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
@@ -316,5 +316,56 @@ def ensemble_sizes(
             axis.plot(np.full(len(values), x + place), values, 'o', ms=4, color=MIXTURE_COLOURS['synthetic'], mec='white', mew=0.4)
         axis.hlines(table.dice_mean[table.members == k].mean(), x - 0.4, x + 0.4, color='black', lw=1.5)
     axis.set(xticks=range(len(sizes)), xticklabels=sizes, xlabel='generators in the pool', ylabel='mean 3D Dice')
+    if title: axis.set_title(title, loc='left')
+    return figure
+
+# %% ../nbs/03_plots.ipynb #b5e7acb5
+def stand_ins(
+    published: pd.DataFrame,    # one row a setting: `dataset`, `segmenter`, `generator`, `relative_dice`
+    ours: pd.DataFrame,         # also with `relative_dice_low`, `relative_dice_high`; its data set is called `name`
+    name: str='here',
+    width: float=7.5,           # inches
+) -> plt.Figure:
+    "Relative Dice of segmenters that saw synthetic images only: published marks, our values with their intervals."
+    order = [g for g in GENERATOR_NAMES if g in set(ours.generator) | set(published.generator)]
+    shapes, fills = dict(zip(SEGMENTER_NAMES, 'os')), dict(zip(DATASET_NAMES, ('white', '#9A9A9A')))
+    figure, axis = plt.subplots(figsize=(width, 0.9 + 0.62 * len(order)))
+    axis.axvline(1, color='grey', lw=0.8, ls=':')
+    axis.annotate('as good as real images', (1, 1), xycoords=('data', 'axes fraction'), xytext=(-3, 2), textcoords='offset points', fontsize=7.5, color='#555555', ha='right')
+    for y, generator in enumerate(order):
+        for k, segmenter in enumerate(SEGMENTER_NAMES):
+            height = y + (k - 0.5) * 0.36
+            for r in published[(published.generator == generator) & (published.segmenter == segmenter)].itertuples():
+                axis.plot(r.relative_dice, height - 0.08, shapes[segmenter], ms=5, color=fills[r.dataset], mec='#4D4D4D', mew=0.9)
+            for r in ours[(ours.generator == generator) & (ours.segmenter == segmenter)].itertuples():
+                axis.plot([r.relative_dice_low, r.relative_dice_high], [height + 0.08] * 2, color=GENERATOR_COLOURS[generator], lw=2.2, solid_capstyle='butt')
+                axis.plot(r.relative_dice, height + 0.08, shapes[segmenter], ms=6, color=GENERATOR_COLOURS[generator], mec='black', mew=0.6)
+    axis.set(yticks=range(len(order)), yticklabels=[GENERATOR_NAMES[g] for g in order], ylim=(len(order) - 0.4, -0.6), xlim=(0, 1.08), xlabel='relative Dice, synthetic images only, with augmentation')
+    axis.tick_params(axis='y', length=0)
+    def mark(label, shape='o', fill='white', edge='#4D4D4D'): return plt.Line2D([], [], ls='', marker=shape, color=fill, mec=edge, label=label)
+    marks = [*(mark(n, s, '#4D4D4D') for n, s in zip(SEGMENTER_NAMES.values(), shapes.values())), *(mark(f'{DATASET_NAMES[d]}, published', 'D', f) for d, f in fills.items()),
+             plt.Line2D([], [], color='#E69F00', lw=2.2, marker='D', mec='black', label=f'{name}, 95 % interval')]
+    figure.legend(handles=marks, loc='outside lower center', ncols=5, fontsize=7.5)
+    return figure
+
+# %% ../nbs/03_plots.ipynb #bc21b037
+def taken_for_real(
+    rows: pd.DataFrame,     # what `reader_scores.score` gives as `table8`: `reader`, `source`, `taken_for_real`, `low`, `high`, `published` (share, NaN where there is none)
+    title: str='',
+    width: float=6.5,       # inches
+) -> plt.Figure:
+    "Share of each source's images that were called real, one mark a reader, with exact intervals; hollow diamonds are the paper's reader."
+    readers, order = list(dict.fromkeys(rows.reader)), list(dict.fromkeys(rows.source))
+    places = 0.16 * (np.arange(len(readers)) - (len(readers) - 1)/2) * min(1, 4/len(readers))
+    figure, axis = plt.subplots(figsize=(width, 0.9 + 0.42 * len(order)))
+    for (reader, part), place, colour in zip(rows.groupby('reader', sort=False), places, [*sns.color_palette('colorblind', len(readers) - 1), 'black']):
+        y = np.array([order.index(source) for source in part.source]) + place
+        axis.hlines(y, 100*part.low, 100*part.high, color=colour, lw=1.6)
+        axis.scatter(100*part.taken_for_real, y, color=colour, s=22, zorder=3, label=reader)
+    theirs = rows.drop_duplicates('source').dropna(subset='published')
+    if len(theirs): axis.scatter(100*theirs.published, [order.index(s) for s in theirs.source], marker='D', s=34, facecolors='none', edgecolors='#808080', zorder=2, label='published')
+    axis.axhline(0.5, color='grey', lw=0.8, ls=':')     # real images stand above the line
+    axis.set(xlabel='taken for real, % (95 % exact interval)', xlim=(0, 100), yticks=range(len(order)), yticklabels=[GENERATOR_NAMES.get(s, s) for s in order], ylim=(len(order) - 0.5, -0.5))
+    figure.legend(*axis.get_legend_handles_labels(), loc='outside right upper', fontsize=8)
     if title: axis.set_title(title, loc='left')
     return figure

@@ -13,12 +13,11 @@ from synthmr.generators.families import build_generator
 from synthmr.generators.progressive_gan import ProgressiveGANParams, resolution_at
 from synthmr.generators.stylegan1 import StyleGAN1Params
 from synthmr.generators.stylegan2 import StyleGAN2Params
-from synthmr.params import load
 from synthmr.slices import StoreWriter
 from synthmr.studies import cost, measuring, timing
 from synthmr.studies.cost import CostError, data_sizes, longest_chain, measurements, plan, run_seconds, store_bytes
 from synthmr.studies.measuring import Measurement, MeasuringError, measure, measure_apart
-from synthmr.studies.runs import DataRun, make_data, make_generator, make_segmenter
+from synthmr.studies.runs import make_data, make_generator, make_segmenter
 from synthmr.studies.study import Study, all_runs
 from synthmr.training import train
 

@@ -141,7 +141,7 @@ def test_learned_variance_of_a_step(learned):
         factor = (1 + levels[t - 1]**2)**0.5 if t else 1
         assert torch.allclose(2 * (learned_deviation(v, small, large) / factor).log(), golden['out.p_log_variance'][i:i + 1], atol=1e-4)
         if t == 0: continue
-        said, seen = [v], []
+        seen = []
         def denoise(state, sigma): seen.append(state); return estimate
         ancestral(denoise, x, levels[[t, t - 1]], lambda step: golden['in.noise'][i:i + 1], lambda small, large: learned_deviation(v, small, large))
         assert torch.allclose(seen[1] / factor, golden['out.p_sample'][i:i + 1], atol=2e-4)

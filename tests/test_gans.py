@@ -1,8 +1,6 @@
 "The four GANs as the study trains them: every loss, resume, precision, growth, and images that are a function of their number."
 import json
-import math
 
-import numpy as np
 import pytest
 import torch
 

@@ -2,6 +2,7 @@
 import ast
 import filecmp
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -79,3 +80,28 @@ def test_the_lock_pins_every_requirement():
     pinned = dict(line.split('==') for line in (ROOT/'requirements.lock').read_text().split())
     assert wanted <= {name.lower() for name in pinned} and pinned['torch'] == '2.13.0'
 
+
+def test_hooks_before_a_commit_pass_on_what_is_committed(tmp_path):
+    "As after `git clone` and `pre-commit run --all-files`: notebooks clean, package in step, no careless code."
+    clone = tmp_path/'clone'
+    subprocess.run(['git', 'clone', '--quiet', ROOT, clone], check=True)
+    shutil.copy(ROOT/'.pre-commit-config.yaml', clone)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(['pre-commit', 'run', '--all-files'], cwd=clone, capture_output=True, text=True, env={**os.environ, 'PATH': path, 'PRE_COMMIT_HOME': str(tmp_path/'cache')})
+    assert done.returncode == 0 and done.stdout.count('Passed') == 3, done.stdout + done.stderr
+
+def test_what_the_workflow_calls_exists():
+    import yaml
+    jobs = yaml.safe_load((ROOT/'.github'/'workflows'/'pages.yml').read_text())['jobs']
+    called = [step['run'] for step in jobs['build']['steps'] if 'run' in step]
+    targets = re.findall(r'^([a-z]+):', (ROOT/'Makefile').read_text(), re.M)
+    assert called and all(c.split()[0] == 'make' and c.split()[1] in targets for c in called)
+    assert '_docs/html' in [step['with']['path'] for step in jobs['build']['steps'] if 'path' in step.get('with', {})]
+
+def test_readme_says_what_the_result_files_say(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(ROOT/'nbs'/'_site')
+    import readme
+    text, found = (ROOT/'README.md').read_text(encoding='utf-8'), readme.shown(ROOT/'results')
+    assert readme.with_answer(text, found) == text
+    assert (found.folder/'answer.svg').is_file() and 'SIMULATED' in readme.answer(found)

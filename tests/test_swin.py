@@ -11,7 +11,7 @@ from monai.losses import DiceCELoss
 from tiny import DATA
 
 from synthmr.data.prepare import example_store
-from synthmr.params import ParamsError, check, fingerprint, load
+from synthmr.params import ParamsError, check, fingerprint
 from synthmr.segmenters.augmentation import Augmentation, AugmentationParams, warp
 from synthmr.segmenters.elastic import SwinAugmentation, SwinAugmentationParams, displacements
 from synthmr.segmenters.swin import Swin, SwinParams, SwinSegmentation, decay_groups, dice_cross_entropy, validation_loss, warmup_then_linear

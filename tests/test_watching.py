@@ -12,7 +12,7 @@ from synthmr.generators.families import FAMILIES, build_generator
 from synthmr.segmenters.training import Segmentation
 from synthmr.training import Phase, Trainable, load_weights, train
 from synthmr.watching import read_events
-from test_gans import COMMON, MODELS, lines, store     # noqa: F401 (store is a fixture)
+from test_gans import COMMON, MODELS, lines, store     # noqa: F401 (a fixture)
 
 DIFFUSION = {'process': 'ddpm', 'channels': 8, 'multipliers': [1, 2], 'blocks': 1, 'attention': [8], 'heads': 2, 'dropout': 0.1}
 KINDS = {**MODELS, 'diffusion': DIFFUSION}

@@ -1,62 +1,88 @@
-"""Build the site: notebooks and executed reports, through nbdev's processing, to HTML by Sphinx and MyST-NB.
+"""Build the site, the living paper as HTML: pages of the paper, chapters, executed reports, reference, bibliography.
 
     python nbs/_site/build.py [OUT]     OUT is _docs where it is not given
+
+Pages of the paper are executed, so that they say what the result files at hand say; chapters and reports show the outputs that they hold.
 """
+import re
 import sys
 from pathlib import Path
-from shutil import rmtree
+from shutil import copy, rmtree
 
-from execnb.nbio import read_nb, write_nb
-from nbdev.process import NBProcessor
-from nbdev.processors import clean_magics, filter_stream_, hide_, hide_line, populate_language, strip_ansi
+from conf import settings
+from pages import Pages, commits, execute, report_head
+from reference import index, modules
+from reference import page as reference_page
+from references import page as bibliography
+from references import read
 from sphinx.cmd.build import build_main
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-
-def drop_module_name(cell):
-    "The cell that only names the module says nothing to a reader."
-    if cell.cell_type == 'code' and 'default_exp' in (cell.directives_ or {}): del cell['source']
-
-PROCESSORS = [populate_language, strip_ansi, hide_line, filter_stream_, clean_magics, hide_, drop_module_name]
-CHAPTERS = {'': 'Foundations', 'data': 'Data', 'generators': 'Generators', 'segmenters': 'Segmenters', 'metrics': 'Metrics', 'studies': 'Studies'}
-
-def process(
-    notebook: Path, # as it stands in the repository
-    page: Path,     # as Sphinx reads it
-):
-    "A notebook without directives, hidden cells and hidden lines; the code that it exports stays, for it is the paper's method."
-    nb = NBProcessor(nb=read_nb(notebook), procs=PROCESSORS)
-    nb.process()
-    page.parent.mkdir(parents=True, exist_ok=True)
-    write_nb(nb.nb, page)
+CHAPTERS = {'': 'Foundations', 'data': 'Data', 'generators': 'Generators', 'segmenters': 'Segmenters', 'metrics': 'Metrics', 'privacy': 'Privacy', 'ventricles': 'Ventricles', 'studies': 'Studies'}
 
 def toctree(
     caption: str,       # heading in the side bar
-    pages: list[Path],  # relative to the source folder
+    pages: list[Path],  # relative to the page that it stands in
 ) -> str:
-    "A table of contents in MyST."
-    return '\n'.join(['```{toctree}', f':caption: {caption}', ':maxdepth: 1', ':hidden:', '', *(str(p.with_suffix('')) for p in pages), '```', ''])
+    "A table of contents in MyST, seen in the side bar only."
+    return '\n'.join(['```{toctree}', *([f':caption: {caption}'] if caption else []), ':maxdepth: 1', ':hidden:', '', *(str(p.with_suffix('')) for p in pages), '```', ''])
+
+def write_reports(pages: Pages, folder: Path):
+    "Every executed report of a folder of results, its tables and parameters, and a page that lists them."
+    reports, lines = sorted(folder.glob('*.ipynb')), []
+    place = folder.relative_to(ROOT)
+    (pages.source/place).mkdir(parents=True, exist_ok=True)
+    for file in [*folder.glob('*.csv'), *folder.glob('*.yaml')]: copy(file, pages.source/place)
+    for report in reports:
+        pages.write(report, report.relative_to(ROOT), report_head(report, ROOT, settings['git_url']), fold=True)
+        template = re.search(r'nbs/reports/(\w+)\.ipynb', report.read_text(encoding='utf-8'))[1]
+        links = ' '.join(f'[{suffix[1:]}]({report.stem}{suffix})' for suffix in ('.yaml', '.csv') if report.with_suffix(suffix).is_file())
+        lines.append((template, f"| [{report.stem}]({report.name}) | [{template}](../../templates/{template}.ipynb) | {links} | {', '.join(c.removeprefix('commit ') for c in commits(report, settings['git_url']))} |"))
+    order = ['comparison', 'ratio', 'ensemble', 'prepare', 'generator', 'evaluation']
+    lines.sort(key=lambda l: order.index(l[0]) if l[0] in order else len(order))
+    pages.text(f'{place}/index.md', '\n'.join([f'# Reports: {folder.name}', '', f'{len(reports)} executed reports: what ran, with the parameters that it took and the rows that it wrote.', '', '| report | template | files | commit |', '|---|---|---|---|',
+                                               *(text for _, text in lines), '', toctree('', [Path(r.name) for r in reports])]))
+
+def write_reference(pages: Pages, exported: dict[str, list[str]]) -> list[Path]:
+    "The reference: a page a module, and one that lists them."
+    lines = ['# Reference', '', '> Every module, as its notebook exports it. Names in the text of chapters lead here.', '', '| module | |', '|---|---|']
+    for module, names in exported.items():
+        path = ROOT/Path(*module.split('.')).with_suffix('.py')
+        text = path.read_text()
+        chapter = re.search(r'File to edit: [./]*(nbs/\S+\.ipynb)', text)[1].removeprefix('nbs/')
+        made = reference_page(module, names, path, f'../{chapter}', f"{settings['git_url']}/blob/{settings['branch']}/{path.relative_to(ROOT).as_posix()}")
+        pages.text(f'reference/{module}.md', made)
+        lines.append(f"| [`{module}`]({module}.md) | {re.search(r'^> (.*)$', made, re.M)[1]} |")
+    pages.text('reference/index.md', '\n'.join([*lines, '', toctree('', [Path(f'{m}.md') for m in exported])]))
 
 def build(out: Path) -> int:
-    "Write the sources and run Sphinx; returns its exit code, 0 for a page without warnings."
+    "Write the sources and run Sphinx; returns its exit code, 0 for a site without warnings."
     source = out/'source'
     rmtree(source, ignore_errors=True)
-    contents = []
+    exported, works = modules(ROOT/'synthmr'), read(ROOT/'nbs'/'references.bib')
+    pages, contents = Pages(ROOT, source, index(exported), works), []
+    paper = sorted((ROOT/'nbs'/'paper').glob('[0-9]*.ipynb'))
+    executed = execute([ROOT/'nbs'/'index.ipynb', *paper])
+    for page in paper: pages.write(page, page.relative_to(ROOT/'nbs'), executed=executed[page])
+    contents.append(toctree('The paper', [p.relative_to(ROOT/'nbs') for p in paper]))
     for folder, caption in CHAPTERS.items():
-        pages = [p.relative_to(ROOT/'nbs') for p in sorted((ROOT/'nbs'/folder).glob('[0-9]*.ipynb'))]
-        for page in pages: process(ROOT/'nbs'/page, source/page)
-        if pages: contents.append(toctree(caption, pages))
-    for folder in sorted(p for p in (ROOT/'results').glob('*') if p.is_dir()):
-        reports = [p.relative_to(ROOT) for p in sorted(folder.rglob('*.ipynb'))]
-        for report in reports: process(ROOT/report, source/report)
-        if reports: contents.append(toctree(f'Reports: {folder.name}', reports))
-    process(ROOT/'nbs'/'index.ipynb', source/'index.ipynb')
-    front = read_nb(source/'index.ipynb')
-    front.cells[-1].source = ''.join(front.cells[-1].source) + '\n\n' + '\n'.join(contents)
-    write_nb(front, source/'index.ipynb')
-    code = build_main(['-q', '-W', '--keep-going', '-b', 'html', '-c', str(HERE), '-d', str(out/'doctrees'), str(source), str(out/'html')])
+        chapters = sorted((ROOT/'nbs'/folder).glob('[0-9]*.ipynb'))
+        for chapter in chapters: pages.write(chapter, chapter.relative_to(ROOT/'nbs'))
+        if chapters: contents.append(toctree(caption, [p.relative_to(ROOT/'nbs') for p in chapters]))
+    templates = sorted((ROOT/'nbs'/'reports').glob('*.ipynb'))
+    for template in templates: pages.write(template, Path('templates')/template.name)
+    pages.text('templates/index.md', '# Templates\n\n> What papermill executes: parameters, calls, tables, figures.\n\n' + '\n'.join(f'- [{t.stem}]({t.name})' for t in templates) + '\n\n' + toctree('', [Path(t.name) for t in templates]))
+    results = [f for f in sorted((ROOT/'results').glob('*')) if f.is_dir() and any(f.glob('*.ipynb'))]
+    for folder in results: write_reports(pages, folder)
+    contents.append(toctree('Reports', [*(f.relative_to(ROOT)/'index' for f in results), Path('templates/index')]))
+    write_reference(pages, exported)
+    pages.text('bibliography.md', bibliography(works))
+    contents.append(toctree('Reference', [Path('reference/index'), Path('bibliography')]))
+    pages.write(ROOT/'nbs'/'index.ipynb', Path('index.ipynb'), tail='\n'.join(contents), executed=executed[ROOT/'nbs'/'index.ipynb'])
+    for unknown in pages.unknown: print(f'not in nbs/references.bib: {unknown}', file=sys.stderr)
+    code = build_main(['-q', '-W', '--keep-going', '-j', '2', '-b', 'html', '-c', str(HERE), '-d', str(out/'doctrees'), str(source), str(out/'html')]) or len(pages.unknown)
     print(f"{'built' if code == 0 else 'built with warnings'}: {out/'html'/'index.html'}")
-    return code
+    return min(code, 1)
 
 if __name__ == '__main__': sys.exit(build(Path(sys.argv[1] if len(sys.argv) > 1 else ROOT/'_docs').resolve()))

@@ -9,9 +9,10 @@ import nbformat
 from PIL import Image
 
 def small(picture: str) -> str:
-    "A PNG with 256 colours, or as it is where that saves nothing; both in base64."
-    out = io.BytesIO()
-    Image.open(io.BytesIO(base64.b64decode(picture))).convert('RGB').quantize(256).save(out, 'PNG', optimize=True)
+    "A PNG with 256 colours, or as it is where it has no more or that saves nothing; both in base64."
+    image, out = Image.open(io.BytesIO(base64.b64decode(picture))), io.BytesIO()
+    if image.mode == 'P': return picture
+    image.convert('RGB').quantize(256).save(out, 'PNG', optimize=True)
     return min(base64.b64encode(out.getvalue()).decode(), picture, key=len)
 
 def keep(path: Path) -> int:

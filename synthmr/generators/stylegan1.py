@@ -79,9 +79,9 @@ class StyleGAN1Synthesis(nn.Module):
 
     def forward(self, ws: Tensor, level: float|None=None, noise: Noise='const') -> Tensor: # (B, styles, width) -> (B, channels, 2^ceil(level), 2^ceil(level))
         last, share = finest(level, len(self.convs))
+        x = self.constant.expand(len(ws), -1, -1, -1)
         for k in range(last + 1):
             if k: coarse, x = x, self.blurs[k - 1](self.ups[k - 1](x))
-            else: x = self.constant.expand(len(ws), -1, -1, -1)
             x = self.first[k](x, ws[:, 2*k], noise)
             x = self.second[k](self.convs[k](x), ws[:, 2*k + 1], noise)
         image = self.images[last](x)
