@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from synthmr.generators.official import import_checkpoint
-from synthmr.generators.pickles import CheckpointError
+from synthmr.pickles import CheckpointError
 
 FOLDER = Path(sys.argv[1])
 CANARY = FOLDER/'canary'

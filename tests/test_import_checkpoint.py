@@ -14,8 +14,8 @@ from synthmr.cli import main
 from synthmr.generators import denoiser, official
 from synthmr.generators.families import load_generator
 from synthmr.generators.official import AUTHORS, Found, import_checkpoint
-from synthmr.generators.pickles import CheckpointError, Limits
-from synthmr.generators.weights import read_checkpoint
+from synthmr.pickles import CheckpointError, Limits
+from synthmr.weights import read_checkpoint
 from synthmr.slices import CHANNELS, SliceStore
 
 HERE = Path(__file__).parent
