@@ -231,7 +231,8 @@ def main(
         if not hasattr(a, 'snakemake'): parser().error('only `study` takes arguments for Snakemake, behind --')
         a.snakemake = tuple(for_snakemake)
     logging.basicConfig(level=logging.WARNING, format='%(message)s')
+    def say(e): print('synthmr: ' + ''.join(c if c.isprintable() else ' ' for c in str(e)), file=sys.stderr)     # a file's name may hold what a terminal obeys
     try: return a.run(a)
-    except ParamsError as e: print(f'synthmr: {e}', file=sys.stderr); return 2
+    except ParamsError as e: say(e); return 2
     except KeyboardInterrupt: print('synthmr: interrupted; the same command goes on where it was', file=sys.stderr); return 130
-    except (RuntimeError, ValueError, OSError) as e: print(f'synthmr: {e}', file=sys.stderr); return 1
+    except (RuntimeError, ValueError, OSError) as e: say(e); return 1

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .pickles import NAMES, CheckpointError, File, Limits, Machine, Name, check_keys, said
 
-# %% ../nbs/06_weights.ipynb #15c41358
+# %% ../nbs/06_weights.ipynb #0e356d46
 def _sizes(file: File, sizes: Any) -> tuple[int, ...]:
     "A shape or strides, checked."
     if not isinstance(sizes, tuple|list): raise file.refused(f'a shape that is {said(sizes)}')
@@ -65,6 +65,7 @@ class Array:
 
     def tensor(self) -> Tensor:
         "The numbers, float32."
+        if self.data is None: raise ValueError('a numpy array that was never filled in')
         values = np.frombuffer(self.data, self.dtype.numpy).reshape(self.shape, order='F' if self.fortran else 'C')
         return torch.from_numpy(values.astype(np.float32, order='C'))
 

@@ -6,7 +6,7 @@
 __all__ = ['Described', 'DESCRIBED', 'AGREED', 'AUTHORS', 'Found', 'walk', 'recognise', 'agree', 'growth_of', 'describe',
            'Numbers', 'fill_generator', 'reorder', 'import_checkpoint']
 
-# %% ../../nbs/generators/70_official.ipynb #2ff14460
+# %% ../../nbs/generators/70_official.ipynb #71eec74a
 import hashlib
 import math
 import re
@@ -25,13 +25,14 @@ from torch import Tensor
 from ..checkpoints import to_cpu, to_json
 from ..files import give_name, to_disk
 from . import denoiser, progressive_gan, stylegan1, stylegan2, stylegan3
-from .families import FAMILIES, Kept, build_generator, size_of
+from .families import FAMILIES, Kept, build_generator
 from .generator import Generator
 from .progressive_gan import GrowthParams
 from ..params import check, resolved
 from ..pickles import CheckpointError, Instance, Limits, said
 from ..provenance import provenance
 from ..slices import CHANNELS
+from ..training import bytes_kept
 from ..weights import Array, Dtype, View, read_checkpoint
 
 # %% ../../nbs/generators/70_official.ipynb #4c54cf7e
@@ -254,10 +255,10 @@ def reorder(
         if kind == 'diffusion': network.encoder[0][0].weight.copy_(network.encoder[0][0].weight[:, order])
     return generator
 
-# %% ../../nbs/generators/70_official.ipynb #7c577a2d
+# %% ../../nbs/generators/70_official.ipynb #b8e13e01
 def _build(found: Found, kept: Kept, channels: Sequence[str]) -> Generator:
     "The generator of a file, painting in our order."
-    size, held, needed = found.path.stat().st_size, sum(t.nbytes for t in found.tensors.values()), size_of(kept.generator, kept.resolution) // 4
+    size, held, needed = found.path.stat().st_size, sum(t.nbytes for t in found.tensors.values()), bytes_kept(lambda: build_generator(kept.generator, kept.resolution, 0)) // 4
     if max(held, needed) > 2 * size + (1 << 20): raise found.error(f'refused: {held:,} bytes of tensors, for a network of {needed:,} numbers, in a file of {size:,} bytes')
     return reorder(fill_generator(build_generator(kept.generator, kept.resolution, 0), found), channels)
 
