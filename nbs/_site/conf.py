@@ -14,6 +14,7 @@ html_title = 'SynthMR'
 html_show_sourcelink = False
 nb_execution_mode = 'off'       # what the notebooks hold was executed and is shown as it is
 nb_merge_streams = True
+nb_mime_priority_overrides = [('html', 'application/vnd.jupyter.widget-view+json', None)]  # a widget is dead on a page; its picture is not
 nb_output_stderr = 'remove'     # progress bars
 myst_enable_extensions = ['dollarmath', 'amsmath', 'colon_fence']
 myst_heading_anchors = 3
