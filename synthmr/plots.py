@@ -39,7 +39,7 @@ def figure_format(
     "The format that suits a figure: PNG where it holds pictures, else SVG."
     return 'png' if any(axis.images for axis in figure.axes) else 'svg'
 
-# %% ../nbs/03_plots.ipynb #4880a0ff
+# %% ../nbs/03_plots.ipynb #52c0b0a1
 def compact(
     svg: str,
 ) -> str:
@@ -52,7 +52,7 @@ def _show_plots_as_svg():
     "Tell a notebook's kernel how to show figures; elsewhere nothing happens."
     shell = sys.modules['IPython'].get_ipython() if 'IPython' in sys.modules else None
     if shell is None or 'inline' not in plt.get_backend(): return
-    import matplotlib_inline.backend_inline     # sets its own formats when it is imported, so it comes first
+    import matplotlib_inline.backend_inline  # noqa: F401  sets its own formats when it is imported, so it comes first
     from IPython.core.pylabtools import print_figure
     def svg(figure): return compact(print_figure(figure, 'svg', metadata={'Date': None, 'Creator': None, 'Format': None, 'Type': None})) if figure_format(figure) == 'svg' else None
     def png(figure): return print_figure(figure, 'png') if figure_format(figure) == 'png' else None

@@ -132,7 +132,7 @@ def _through(volumes: Volumes, n: int) -> list[int]:
     z = np.flatnonzero((shown if shown.any() else next(iter(volumes.sequences.values())) > 0).any(axis=(0, 1)))
     return np.linspace(z[0], z[-1], n + 2)[1:-1].round().astype(int).tolist() if len(z) else [0] * n
 
-# %% ../nbs/05_viewer.ipynb #3ca6f3dd
+# %% ../nbs/05_viewer.ipynb #61717fc5
 def _panel(axis: plt.Axes, picture: np.ndarray, height: float, width: float):
     "A picture whose voxels are `height` by `width` mm, and nothing around it."
     axis.imshow(picture, aspect=height / width, interpolation='antialiased')
@@ -148,7 +148,7 @@ def still(
     seen = _cropped(volumes)
     size, (x, y, z) = seen.spacing, np.array(seen.sequences[sequence].shape) * seen.spacing      # mm
     high, low = width * max(y, z) / (2 * x + y) + 0.3, (width / slices * y / x + 0.05) * len(seen.labels) + 0.3
-    figure = plt.figure(figsize=(width, high + low + 0.3), dpi=125)
+    figure = plt.figure(figsize=(width, high + low + 0.3), dpi=125, layout='constrained')
     above, below = figure.subfigures(2, 1, height_ratios=(high, low))
     centre, cuts = seen.centre, (('axial', 2, 0, 1), ('coronal', 1, 0, 2), ('sagittal', 0, 1, 2))
     for axis, (name, through, across, up) in zip(above.subplots(1, 3, width_ratios=(x, x, y)), cuts):
@@ -164,7 +164,7 @@ def still(
             if not line: axis.set_title(f'z = {(seen.affine @ [*centre[:2], place, 1])[2]:.0f} mm', fontsize=8)
         row[0].set_ylabel(label, fontsize=9)
     figure.suptitle(volumes.name, x=0.01, ha='left', fontsize=10)
-    class_legend(figure, loc='outside lower right', ncols=3, fontsize=8)
+    class_legend(figure, loc='outside lower right', ncols=3, fontsize=8, frameon=False)
     return figure
 
 # %% ../nbs/05_viewer.ipynb #e3c7b588
@@ -187,7 +187,7 @@ def grey_table() -> dict:
     "Every grey as itself, none of them clear: a sequence hides what is under it."
     return {**dict.fromkeys('RGB', list(range(256))), 'A': [255] * 256}
 
-# %% ../nbs/05_viewer.ipynb #80d7f7f7
+# %% ../nbs/05_viewer.ipynb #b19d9a1a
 def widget(
     volumes: Volumes,
     sequence: str='T1wGd',  # shown first
@@ -199,7 +199,7 @@ def widget(
     from ipywidgets import HTML, HBox, ToggleButtons, VBox
     volumes = _cropped(volumes)
     view = NiiVue(height=height, is_radiological_convention=True, sagittal_nose_left=True, is_nearest_interpolation=True, drag_and_drop_enabled=False, show_legend=False,
-                  multiplanar_show_render=ShowRender.NEVER, crosshair_color=(1., 1., 1., 0.6), crosshair_width=0.5)
+                  multiplanar_show_render=ShowRender.NEVER, crosshair_color=(1., 1., 1., 0.6), crosshair_width_unit='mm', crosshair_width=0.6)
     view.scene.crosshair_pos = [(c + 0.5) / n for c, n in zip(volumes.centre, volumes.sequences[sequence].shape)]
     made = {}
     for name, volume in {**volumes.sequences, **volumes.labels}.items():
