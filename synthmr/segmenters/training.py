@@ -7,7 +7,7 @@ __all__ = ['FAMILIES', 'AnySegmenter', 'UNetTraining', 'UNetParams', 'Segmentati
            'training_sources', 'split_validation', 'segment', 'confusion', 'dice_of_counts', 'validation_score',
            'train_segmenter', 'load_segmenter', 'segment_subject', 'evaluate_segmenter']
 
-# %% ../../nbs/segmenters/20_training.ipynb #53ae9825
+# %% ../../nbs/segmenters/20_training.ipynb #a60bfd6f
 import json
 from pathlib import Path
 from typing import Annotated, Literal

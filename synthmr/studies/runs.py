@@ -6,7 +6,7 @@
 __all__ = ['LONGEST', 'PUBLISHED_TRAINING', 'Resources', 'training_resources', 'Run', 'DataRun', 'make_data', 'GeneratorRun',
            'generator_sources', 'train_generator', 'make_generator', 'SegmenterRun', 'make_segmenter', 'save_result']
 
-# %% ../../nbs/studies/00_runs.ipynb #ea796c0a
+# %% ../../nbs/studies/00_runs.ipynb #c8b55676
 import subprocess
 import sys
 from pathlib import Path
