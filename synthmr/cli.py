@@ -40,6 +40,18 @@ def _train(a: argparse.Namespace) -> int:
     print(f"{run.folder/'training'}")
     return 0
 
+def _import_checkpoint(a: argparse.Namespace) -> int:
+    from synthmr.generators.official import AUTHORS, import_checkpoint
+    kept = import_checkpoint(a.file, a.folder, a.channels.split(',') if a.channels else AUTHORS, a.resolution, read_yaml(a.params) if a.params else {})
+    print(f'{a.folder}: {kept.generator.kind}, {kept.resolution}x{kept.resolution}')
+    return 0
+
+def _sample(a: argparse.Namespace) -> int:
+    from synthmr.generators.families import sample_kept
+    store = sample_kept(a.folder, a.store, a.n, a.seed, a.batch_size, a.device)
+    print(f'{store.path}: {len(store)} synthetic slices')
+    return 0
+
 def load_study(
     path: Path, # YAML file; its key `study` says of which kind, a comparison where there is none
 ):          # a `Grid`
@@ -148,6 +160,21 @@ def parser() -> argparse.ArgumentParser:
     p = verb('train', _train, 'train one generator, without a report; several processes under torchrun share the work')
     p.add_argument('file', metavar='FILE', type=Path, help='parameters of the generator, such as params/demo/stylegan2.yaml')
 
+    p = verb('import-checkpoint', _import_checkpoint, 'turn a published generator (StyleGAN 1, 2, 3, progressive GAN, guided diffusion) into one of ours; nothing in the file is executed')
+    p.add_argument('file', metavar='FILE', type=Path, help='.pkl or .pt of an official implementation')
+    p.add_argument('folder', metavar='FOLDER', type=Path, help='where the generator goes; for `synthmr sample`, or a study: generator: {kind: imported, folder: FOLDER}')
+    p.add_argument('--channels', metavar='LIST', help="what the file's generator paints, in its order (default: T1w,T2w,FLAIR,T1wGd,annotation, the authors')")
+    p.add_argument('--resolution', metavar='R', type=int, help='pixels along each side, which a diffusion model does not say (default: 256)')
+    p.add_argument('--params', metavar='YAML', type=Path, help='parameters of the generator that the file does not say: heads, steps, sampler, sampling_steps, truncation')
+
+    p = verb('sample', _sample, 'draw images from a generator that was imported or trained, into a slice store')
+    p.add_argument('folder', metavar='FOLDER', type=Path, help='of an imported generator, or of a run that trained one')
+    p.add_argument('store', metavar='STORE', type=Path, help='folder of the slice store; one that was begun goes on')
+    p.add_argument('--n', metavar='N', type=int, default=100_000, help='number of images')
+    p.add_argument('--seed', metavar='S', type=int, default=0, help='image i is a function of seed and i')
+    p.add_argument('--batch-size', metavar='B', type=int, default=64, help='images at once')
+    p.add_argument('--device', metavar='D', default='auto', help='as torch names it')
+
     p = verb('study', _study, 'carry out a study, or what of it is not done yet; ends with its table and page')
     p.add_argument('file', metavar='FILE', type=Path, help='parameters of the study, such as params/demo/study.yaml')
     p.add_argument('--cores', metavar='N', type=int, help='processor cores to use (default: all)')
@@ -204,7 +231,8 @@ def main(
         if not hasattr(a, 'snakemake'): parser().error('only `study` takes arguments for Snakemake, behind --')
         a.snakemake = tuple(for_snakemake)
     logging.basicConfig(level=logging.WARNING, format='%(message)s')
+    def say(e): print('synthmr: ' + ''.join(c if c.isprintable() else ' ' for c in str(e)), file=sys.stderr)     # a file's name may hold what a terminal obeys
     try: return a.run(a)
-    except ParamsError as e: print(f'synthmr: {e}', file=sys.stderr); return 2
+    except ParamsError as e: say(e); return 2
     except KeyboardInterrupt: print('synthmr: interrupted; the same command goes on where it was', file=sys.stderr); return 130
-    except (RuntimeError, ValueError, OSError) as e: print(f'synthmr: {e}', file=sys.stderr); return 1
+    except (RuntimeError, ValueError, OSError) as e: say(e); return 1

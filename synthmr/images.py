@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['image_hashes', 'content_fingerprint', 'StoreError', 'ImageFile']
 
-# %% ../nbs/01_images.ipynb #6596f171
+# %% ../nbs/01_images.ipynb #2e1757a9
 import hashlib
 import math
 import os
+import tokenize
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ def content_fingerprint(
     "Short hash of what a store holds."
     return hashlib.sha256(f'{tuple(shape)}'.encode() + hashlib.sha256(hashes).digest() + table).hexdigest()[:16]
 
-# %% ../nbs/01_images.ipynb #d91e62a9
+# %% ../nbs/01_images.ipynb #a7abe371
 class StoreError(RuntimeError):
     "A folder that is not a whole slice store: the message names the folder and the reason."
 
@@ -41,12 +42,14 @@ class ImageFile:
         self.path, self.file = path, open(path, 'rb', buffering=0)
         version = np.lib.format.read_magic(self.file)
         if version not in _READ_HEADER: raise ValueError(f'npy format {version}')
-        self.shape, fortran, self.dtype = _READ_HEADER[version](self.file)
-        if len(self.shape) != 4 or fortran: raise ValueError(f'shape {self.shape}' + ' in the order of Fortran' * fortran)
-        self.numbers, self.start, size = np.arange(self.shape[0]), self.file.tell(), os.fstat(self.file.fileno()).st_size
+        try: self.shape, fortran, self.dtype = _READ_HEADER[version](self.file)
+        except (tokenize.TokenError, SyntaxError, TypeError, RecursionError, MemoryError) as e: raise ValueError(f'its header cannot be read ({type(e).__name__})') from None   # what `ast.literal_eval` may raise, too
+        if len(self.shape) != 4 or fortran or self.dtype.hasobject or self.shape[0] < 0 or min(self.shape[1:]) < 1: raise ValueError(f'{self.dtype} of shape {self.shape}' + ' in the order of Fortran' * fortran)
+        self.start, size = self.file.tell(), os.fstat(self.file.fileno()).st_size
         self.channel = self.dtype.itemsize * math.prod(self.shape[2:])      # bytes
         needed = math.prod(self.shape[:2]) * self.channel
         if size < self.start + needed: raise ValueError(f'{size - self.start} bytes of images, its header says {needed}')
+        self.numbers = np.arange(self.shape[0])
 
     @property
     def ndim(self) -> int: return len(self.shape)

@@ -6,7 +6,7 @@
 __all__ = ['CHANNELS', 'SEQUENCES', 'CLASSES', 'ANNOTATION_VALUES', 'annotation_to_classes', 'classes_to_annotation', 'to_float',
            'to_uint8', 'StoreWriter', 'SliceStore', 'pool']
 
-# %% ../nbs/01_slices.ipynb #b9259433
+# %% ../nbs/01_slices.ipynb #87e8b647
 import hashlib
 import json
 import os
@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .files import append_whole, full_disk_is, give_name, try_lock, write_whole
+from .files import append_whole, full_disk_is, give_name, read_json, try_lock, write_whole
 from .images import ImageFile, StoreError, content_fingerprint, image_hashes
 
 # %% ../nbs/01_slices.ipynb #a10b9de9
@@ -56,7 +56,7 @@ def to_uint8(
 # %% ../nbs/01_slices.ipynb #30deb5bc
 _HEADER = 128 # bytes reserved for the npy header, whose shape is known only at the end
 
-# %% ../nbs/01_slices.ipynb #71ef932c
+# %% ../nbs/01_slices.ipynb #dab3e646
 class StoreWriter:
     "Writes a slice store group by group; resumes where an earlier writer was killed."
     def __init__(
@@ -85,7 +85,7 @@ class StoreWriter:
         "Open the files; keep what the journal knows and cut off the rest. What was begun as another store is not touched."
         started, self.rows, self.done, self.notes, self.hashes = self.partial/'started.json', [], set(), {}, bytearray()
         if not started.is_file(): _write_json(started, self.meta)
-        begun, meta = _read_json(started), _plain(self.meta)
+        begun, meta = read_json(started, StoreError), _plain(self.meta)
         if other := sorted(k for k in {*begun, *meta} if begun.get(k) != meta.get(k)):
             raise StoreError(f"{self.partial}: was begun as another store ({', '.join(other)}); remove it or choose another folder")
         self.images, self.journal = (open(self.partial/name, 'ab', buffering=0) for name in ('images.npy', 'journal.jsonl'))
@@ -148,7 +148,7 @@ class StoreWriter:
     def __enter__(self): return self
     def __exit__(self, *exception): self.close()
 
-# %% ../nbs/01_slices.ipynb #2731adc3
+# %% ../nbs/01_slices.ipynb #561ac635
 def _npy_header(header: dict) -> bytes:
     "An npy header (format 1.0) padded to `_HEADER` bytes."
     text = repr(header).encode()
@@ -160,9 +160,9 @@ def _plain(value):
 
 def _write_json(path: Path, value): write_whole(path, (json.dumps(_plain(value), indent=1) + '\n').encode())
 
-def _read_json(path: Path): return json.loads(path.read_text(encoding='utf-8'))
 
-# %% ../nbs/01_slices.ipynb #ddf1cb6b
+
+# %% ../nbs/01_slices.ipynb #6d6037c1
 class SliceStore:
     "A slice store, or the part of one that `where` selects."
     def __init__(self, path: Path, images: 'ImageFile|_Chain', slices: pd.DataFrame, meta: dict):
@@ -177,13 +177,11 @@ class SliceStore:
         path = Path(path)
         for name in ('meta.json', 'slices.csv', 'images.npy'):
             if not (path/name).is_file(): raise StoreError(f'{path}: {_why_missing(path, name)}')
-        try: meta = _read_json(path/'meta.json')
-        except ValueError: raise StoreError(f'{path}: meta.json is not valid JSON') from None
-        if not str(meta.get('format') if isinstance(meta, dict) else '').startswith('synthmr slice store'):
+        meta, slices = read_json(path/'meta.json', StoreError), _read_table(path/'slices.csv')
+        if not str(meta.get('format')).startswith('synthmr slice store') or not isinstance(meta.get('channels'), list) or type(meta.get('resolution')) is not int:
             raise StoreError(f'{path}: meta.json is not that of a slice store')
         try: images = ImageFile(path/'images.npy')
-        except ValueError as e: raise StoreError(f'{path}: images.npy is damaged: {e}') from None
-        slices = pd.read_csv(path/'slices.csv', dtype={'subject': str})
+        except ValueError as e: raise StoreError(f"{path}: images.npy is damaged: {' '.join(str(e).split())}") from None
         expected = (len(slices), len(meta['channels']), meta['resolution'], meta['resolution'])
         if images.dtype != np.uint8 or images.shape != expected:
             raise StoreError(f'{path}: images.npy holds {images.dtype} {images.shape}, but slices.csv and meta.json say uint8 {expected}')
@@ -207,8 +205,7 @@ class SliceStore:
         "The slices whose columns have these values."
         keep = pd.Series(True, self.slices.index)
         for column, value in columns.items():
-            if column not in self.slices: raise StoreError(f'{self.path}: slices.csv has no column {column!r}')
-            keep &= self.slices[column].isin(value if isinstance(value, (list, tuple, set, np.ndarray, pd.Series)) else [value])
+            keep &= self.column(column).isin(value if isinstance(value, (list, tuple, set, np.ndarray, pd.Series)) else [value])
         return self.select(keep)
 
     def select(
@@ -218,26 +215,34 @@ class SliceStore:
         "The slices where `keep` is true."
         return type(self)(self.path, self.images, self.slices[np.asarray(keep, bool)], self.meta)
 
+    def column(
+        self,
+        name: str,  # of slices.csv
+    ) -> pd.Series:
+        "A column of the table; raises `StoreError` where it has none of that name."
+        if name not in self.slices: raise StoreError(f'{self.path}: slices.csv has no column {name!r}')
+        return self.slices[name]
+
     def with_tumour(self) -> 'SliceStore':
         "The slices with at least one annotated pixel."
-        return self.select(self.slices.tumour > 0)
+        return self.select(self.column('tumour') > 0)
 
     def examples(
         self,
         n: int,     # how many
     ) -> np.ndarray: # uint8 (n, C, H, W)
         "Slices with tumour, evenly spaced through the store: the same for everybody who asks."
-        tumour = self.with_tumour() if (self.slices.tumour > 0).any() else self
+        tumour = self.with_tumour() if (self.column('tumour') > 0).any() else self
         return tumour[np.linspace(0, len(tumour) - 1, n).round().astype(int)]
 
     def largest_tumours(self) -> 'SliceStore':
         "Of each subject the slice with the most annotated pixels."
-        return self.select(self.slices.index.isin(self.slices.groupby('subject', sort=False).tumour.idxmax()))
+        return self.select(self.slices.index.isin(self.column('tumour').groupby(self.column('subject'), sort=False).idxmax()))
 
     @property
     def subjects(self) -> list[str]:
         "The subjects, in the order of the store."
-        return self.slices.subject.drop_duplicates().tolist()
+        return self.column('subject').drop_duplicates().tolist()
 
     @property
     def fingerprint(self) -> str:
@@ -248,7 +253,17 @@ class SliceStore:
             self.meta['fingerprint'] = content_fingerprint(self.images.shape[1:], hashes, (self.path/'slices.csv').read_bytes())
         return self.meta['fingerprint']
 
-# %% ../nbs/01_slices.ipynb #8a68d67e
+# %% ../nbs/01_slices.ipynb #afaae5d0
+_NUMBERS = ('z', 'seed', 'number', 'tumour')    # columns of whole numbers
+
+def _read_table(path: Path) -> pd.DataFrame:
+    "The rows of a store, whose numbers are numbers."
+    try: rows = pd.read_csv(path, dtype={'subject': str})
+    except (ValueError, OverflowError) as e: raise StoreError(f"{path}: cannot be read: {' '.join(str(e).split())}") from None    # not UTF-8, or rows of unequal length
+    if not isinstance(rows.index, pd.RangeIndex): raise StoreError(f'{path}: its rows have more values than its header')    # pandas takes the first for names of the rows
+    if wrong := next((c for c in _NUMBERS if c in rows and len(rows) and not pd.api.types.is_integer_dtype(rows[c])), None): raise StoreError(f'{path}: column {wrong!r} should hold whole numbers')
+    return rows
+
 def _why_missing(path: Path, name: str) -> str:
     "Why a store lacks a file."
     if not path.is_dir(): return 'is half written; run what makes it again, it will go on' if Path(f'{path}.partial').is_dir() else 'no such folder'

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TrainingParams', 'find_device', 'Phase', 'Trainable', 'ema_decay', 'update_average', 'processes', 'Part',
-           'load_weights', 'train']
+           'load_weights', 'bytes_kept', 'load_built', 'train']
 
-# %% ../nbs/02_training.ipynb #bead44c3
+# %% ../nbs/02_training.ipynb #90483f2f
 import copy
 import math
 import os
@@ -204,7 +204,7 @@ def _take_phase(run: '_Run', phase: Phase, parameters: list[nn.Parameter], parts
     for p in parameters: p.grad = None; p.requires_grad_(False)
     return {f'{phase.name}/{name}': value for name, value in logs.items()}
 
-# %% ../nbs/02_training.ipynb #da881f07
+# %% ../nbs/02_training.ipynb #9e5f8cfe
 def _kept(module: nn.Module) -> nn.Module:
     "The part of a model that is kept after training."
     return module if getattr(module, 'averaged', None) is None else module.averaged
@@ -220,6 +220,23 @@ def load_weights(
     except RuntimeError as e: raise TrainingError(f'{file}: does not fit the model: ' + ' '.join(str(e).split())) from None
     except safetensors.SafetensorError as e: raise TrainingError(f'{file}: is damaged: {e}') from None
     return module
+
+def bytes_kept(
+    build: Callable[[], nn.Module], # makes a model
+) -> int:
+    "Size of what is kept of a model, told without asking for its memory."
+    with torch.device('meta'): return sum(t.nbytes for t in _kept(build()).state_dict().values())
+
+def load_built(
+    build: Callable[[], nn.Module], # makes the model that a configuration describes, which may be somebody else's
+    folder: str|Path,               # where its weights are
+) -> nn.Module:
+    "`load_weights` into a model that is made only if the weights are as large as it; raises `TrainingError`."
+    file = Path(folder)/'weights.safetensors'
+    try: fits = not file.is_file() or bytes_kept(build) <= file.stat().st_size
+    except (RuntimeError, OverflowError, ZeroDivisionError) as e: raise TrainingError(f"{file.with_name('config.json')}: describes no model: {' '.join(str(e).split())}") from None
+    if not fits: raise TrainingError(f'{file}: is smaller than the model that config.json describes')
+    return load_weights(build(), folder)
 
 # %% ../nbs/02_training.ipynb #0d20a1e4
 def _optimizers(phases: list[Phase]) -> dict[str, torch.optim.Optimizer]:

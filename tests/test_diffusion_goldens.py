@@ -1,33 +1,23 @@
 "The diffusion model against the official one: network, schedule, one step of each sampler, loss."
-import re
-
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from synthmr.generators.denoiser import Denoiser, sinusoids
+from synthmr.generators.denoiser import Denoiser, from_official, official_names, sinusoids
 from synthmr.generators.samplers import alphas_to_sigmas, evenly, linear_alphas, posterior
 
-# Official name -> ours, in the order in which the patterns are tried.
-NAMES = [(r'^time_embed\.', 'embed.'), (r'^input_blocks\.', 'encoder.'), (r'^middle_block\.', 'middle.'), (r'^output_blocks\.', 'decoder.'), (r'^out\.0\.', 'norm.'), (r'^out\.2\.', 'out.'),
-         (r'\.in_layers\.0\.', '.norm1.'), (r'\.in_layers\.2\.', '.conv1.'), (r'\.emb_layers\.1\.', '.modulation.'), (r'\.out_layers\.0\.', '.norm2.'), (r'\.out_layers\.3\.', '.conv2.'),
-         (r'\.skip_connection\.', '.shortcut.'), (r'\.proj_out\.', '.out.'), (r'\.op\.', '.')]
-
-def our_name(official: str) -> str:
-    "The name of a weight in our network."
-    for pattern, ours in NAMES: official = re.sub(pattern, ours, official)
-    return official
+def official_weights(shared, learned: bool=False) -> dict[str, torch.Tensor]:
+    "The official weights by official name."
+    weights = load_file(shared/'goldens'/'guided_unet64_weights.safetensors')
+    return {k.split('.', 1)[1]: v.float() for letter in ['U'] + ['U_learned'] * learned for k, v in weights.items() if k.startswith(f'{letter}.')}    # U_learned.out.2 comes after U.out.2
 
 @pytest.fixture(params=['fixed', 'learned'])
 def official(request, shared):
     "Our network with the official weights, and the golden."
-    weights = load_file(shared/'goldens'/'guided_unet64_weights.safetensors')
-    state = {our_name(k[2:]): v.float() for k, v in weights.items() if k.startswith('U.')}
-    if request.param == 'learned': state |= {our_name(k[len('U_learned.'):]): v.float() for k, v in weights.items() if k.startswith('U_learned.')}
-    network = Denoiser(outputs=len(state['out.bias']), channels=32, multipliers=(1, 1, 2, 2), blocks=1, attention=(4, 8)).eval()
-    network.load_state_dict(state)
-    return network, load_file(shared/'goldens'/f'guided_unet64_{request.param}.safetensors')
+    learned = request.param == 'learned'
+    network = Denoiser(outputs=10 if learned else 5, channels=32, multipliers=(1, 1, 2, 2), blocks=1, attention=(4, 8)).eval()
+    return from_official(official_weights(shared, learned), network), load_file(shared/'goldens'/f'guided_unet64_{request.param}.safetensors')
 
 @torch.no_grad()
 def test_network(official):
@@ -35,8 +25,8 @@ def test_network(official):
     assert torch.allclose(network(golden['in.x'], golden['in.t']), golden['out.model'], atol=1e-4)
 
 def test_every_official_weight_has_a_place_of_its_own(shared):
-    names = [k[2:] for k in load_file(shared/'goldens'/'guided_unet64_weights.safetensors') if k.startswith('U.')]
-    assert len({our_name(n) for n in names}) == len(names) > 100
+    names = official_names(Denoiser(channels=32, multipliers=(1, 1, 2, 2), blocks=1, attention=(4, 8)))
+    assert set(names) == set(official_weights(shared)) and len(set(names.values())) == len(names) > 100
 
 def test_number_of_weights_at_the_papers_size(shared):
     import json
@@ -77,8 +67,7 @@ def diffusion(shared):
     from synthmr.generators.diffusion import Diffusion, DiffusionParams
     params = DiffusionParams(channels=32, multipliers=(1, 1, 2, 2), blocks=1, attention=(16, 8))
     model = Diffusion(params, 64).eval()
-    weights = load_file(shared/'goldens'/'guided_unet64_weights.safetensors')
-    model.network.load_state_dict({our_name(k[2:]): v.float() for k, v in weights.items() if k.startswith('U.')})
+    from_official(official_weights(shared), model.network)
     return model, load_file(shared/'goldens'/'guided_unet64_fixed.safetensors')
 
 def each_image(model, golden):
@@ -137,8 +126,7 @@ def learned(shared):
     "Our diffusion model that also learns the variance, with the official weights, and the golden."
     from synthmr.generators.diffusion import Diffusion, DiffusionParams
     model = Diffusion(DiffusionParams(channels=32, multipliers=(1, 1, 2, 2), blocks=1, attention=(16, 8), learned_variance=True), 64).eval()
-    weights = load_file(shared/'goldens'/'guided_unet64_weights.safetensors')
-    model.network.load_state_dict({our_name(k.split('.', 1)[1]): v.float() for k, v in sorted(weights.items())})    # U_learned.out.2 comes after U.out.2
+    from_official(official_weights(shared, learned=True), model.network)
     return model, load_file(shared/'goldens'/'guided_unet64_learned.safetensors')
 
 @torch.no_grad()

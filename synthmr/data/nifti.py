@@ -211,10 +211,12 @@ def read_volume(
     "A volume and its header; raises `InputError` with the file and the reason."
     with _open(path) as stream:
         header = _parse(stream.path, head := _head(stream))
+        if not stream.gzip and (size := stream.path.stat().st_size) < header.offset + header.nbytes: raise InputError(f'{path}: truncated: {max(0, size - header.offset):,} of {header.nbytes:,} bytes of the volume')
         early = head[header.offset:]                    # NIfTI-1 data may begin within the first 540 bytes
         if not early: _skip(stream, header.offset - len(head))
         early = early[:header.nbytes]
-        data = np.empty(header.nbytes, np.uint8)
+        try: data = np.empty(header.nbytes, np.uint8)
+        except MemoryError: raise InputError(f'{path}: its header claims {header.nbytes:,} bytes, more than there is memory') from None
         data[:len(early)] = np.frombuffer(early, np.uint8)
         done = len(early) + stream.read_into(memoryview(data)[len(early):])
         if done < header.nbytes: raise InputError(f'{path}: truncated: {done:,} of {header.nbytes:,} bytes of the volume')

@@ -9,7 +9,6 @@ __all__ = ['BRAIN_INTENSITY', 'BRAIN_SHARE', 'SPLITS', 'PrepareParams', 'scaled'
 
 # %% ../../nbs/data/20_prepare.ipynb #4dc287e4
 import fcntl
-import json
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -23,6 +22,7 @@ from tqdm import tqdm
 
 from .nifti import Header, InputError, Subject, find_subjects, read_volume
 from .simulated import SimulatedParams, simulate_cohort
+from ..files import read_json
 from ..params import Params, fingerprint, home, identity, runtime
 from ..provenance import commit
 from ..slices import CHANNELS, SliceStore, StoreError, StoreWriter, _plain, classes_to_annotation
@@ -107,7 +107,8 @@ def has_brain(
     largest: float,
 ) -> np.ndarray:        # boolean (Z,)
     "Slices in which more than 15 % of the canvas have a scaled intensity over 50."
-    over = t1 > _last_below(largest) if np.issubdtype(t1.dtype, np.integer) else scaled(t1, largest) > BRAIN_INTENSITY
+    exact = np.issubdtype(t1.dtype, np.integer) and largest < 1 << 50      # larger ones have neighbours that are the same float
+    over = t1 > _last_below(largest) if exact else scaled(t1, largest) > BRAIN_INTENSITY
     return np.array([np.count_nonzero(s) for s in over.T]) > BRAIN_SHARE * canvas_size(t1.shape)**2
 
 def _last_below(largest: float) -> int:
@@ -239,7 +240,7 @@ def prepare(
         if name not in split: skipped[name] = 'not in the split'
     wanted = [s for s in subjects.values() if s.name in split]
     note = Path(params.nifti)/'simulated.json'
-    meta = {'resolution': params.resolution, 'simulated': note.is_file(), 'parameters': identity(params), **({'cohort': json.loads(note.read_text())} if note.is_file() else {})}
+    meta = {'resolution': params.resolution, 'simulated': note.is_file(), 'parameters': identity(params), **({'cohort': read_json(note, InputError)} if note.is_file() else {})}
     with StoreWriter(store, meta) as writer:
         facts, left = dict(writer.notes), [s for s in wanted if s.name not in writer.done]
         for subject, (made, problem) in zip(left, tqdm(_each(left, params), total=len(wanted), initial=len(wanted) - len(left), desc='prepare', unit='subject', disable=not progress)):

@@ -190,11 +190,11 @@ def load_official(
         layer, _, kind = name.rpartition('.')
         official, layout = table[name] if name in table else (f'{table[layer][0]}/{kind}', table[layer][1] if kind == 'weight' else 'as it is')
         used.add(official)
-        if official not in tensors: raise ValueError(f'{official}: is missing')
+        if official not in tensors: raise ValueError(f'{official}: is missing; {type(module).__name__} needs it, as {name} of shape {tuple(own.shape)}')
         try: state[name] = LAYOUTS[layout](tensors[official])
         except RuntimeError: raise ValueError(f'{official}: has {tensors[official].ndim} axes') from None
         if state[name].shape != own.shape: raise ValueError(f'{official}: shape {tuple(tensors[official].shape)} becomes {tuple(state[name].shape)}, but {tuple(own.shape)} is needed')
-    if unknown := sorted(set(tensors) - used): raise ValueError(f'{unknown[0]}: no such weight in {type(module).__name__}')
+    if unknown := sorted(set(tensors) - used): raise ValueError(f'{unknown[0]}: no such weight in {type(module).__name__}; its shape is {tuple(tensors[unknown[0]].shape)}')
     module.load_state_dict(state)
     return module
 

@@ -6,10 +6,9 @@
 __all__ = ['AnyFeatures', 'FeatureError', 'SegmenterFeatures', 'InceptionFeatures', 'RadImageNetFeatures', 'fetch', 'read_state',
            'load_state', 'layer_means', 'Extractor', 'open_extractor']
 
-# %% ../../nbs/metrics/09_features.ipynb #d4a87172
+# %% ../../nbs/metrics/09_features.ipynb #d640f74d
 import hashlib
 import os
-import pickle
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -26,7 +25,9 @@ from tqdm import tqdm
 from .inception import Inception
 from .resnet import ResNet50, torchvision_names
 from ..params import Params, home
+from ..pickles import CheckpointError
 from ..slices import SEQUENCES
+from ..weights import View, read_checkpoint
 
 # %% ../../nbs/metrics/09_features.ipynb #bd2b4336
 class FeatureError(RuntimeError):
@@ -87,18 +88,19 @@ def _download(url: str, path: Path, progress: bool):
     except (urllib.error.URLError, OSError, ValueError) as e: raise FeatureError(f'{url}: cannot be fetched: {e}') from None
     finally: partial.unlink(missing_ok=True)
 
-# %% ../../nbs/metrics/09_features.ipynb #57dd0a74
+# %% ../../nbs/metrics/09_features.ipynb #ba05c760
 def read_state(
     path: Path,             # .safetensors, or what torch.save wrote
 ) -> dict[str, Tensor]:     # on the processor
     "Weights by name; raises `FeatureError` on a file that holds none."
-    try: state = safetensors.torch.load_file(path) if path.suffix == '.safetensors' else torch.load(path, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError: raise FeatureError(f'{path}: cannot be read as weights: not a file of torch.save, or one that holds more than tensors') from None
-    except (safetensors.SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
-        raise FeatureError(f'{path}: cannot be read as weights: {str(e).splitlines()[0] if str(e) else type(e).__name__}') from None
-    if isinstance(state, dict) and isinstance(state.get('state_dict'), dict): state = state['state_dict']
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()): raise FeatureError(f'{path}: is no dictionary of weights by name')
-    return state
+    try:
+        state = safetensors.torch.load_file(path) if path.suffix == '.safetensors' else read_checkpoint(path)[0]
+        if isinstance(state, dict) and isinstance(state.get('state_dict'), dict): state = state['state_dict']
+        if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor|View) for k, v in state.items()): raise FeatureError(f'{path}: is no dictionary of weights by name')
+        if sum(v.nbytes for v in state.values()) > 2 * path.stat().st_size: raise FeatureError(f'{path}: its tensors are larger than the file')
+        return {k: v.tensor() if isinstance(v, View) else v for k, v in state.items()}
+    except CheckpointError as e: raise FeatureError(str(e)) from None
+    except (safetensors.SafetensorError, OSError) as e: raise FeatureError(f"{path}: cannot be read as weights: {' '.join(str(e).split())}") from None
 
 def load_state(
     network: nn.Module,

@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['FAMILIES', 'AnySegmenter', 'UNetTraining', 'UNetParams', 'Segmentation', 'build_segmenter', 'training_length',
            'training_sources', 'split_validation', 'segment', 'confusion', 'dice_of_counts', 'validation_score',
-           'train_segmenter', 'load_segmenter', 'segment_subject', 'evaluate_segmenter']
+           'train_segmenter', 'load_segmenter', 'Kept', 'segment_subject', 'evaluate_segmenter']
 
-# %% ../../nbs/segmenters/20_training.ipynb #a60bfd6f
-import json
+# %% ../../nbs/segmenters/20_training.ipynb #e8f4c414
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,13 +18,14 @@ from pydantic import BeforeValidator, Field
 from torch import Tensor
 from tqdm import tqdm
 
+from ..files import read_json
 from ..metrics.overlap import evaluate_volume, to_volume
-from ..params import Params, check
+from ..params import Params, check, sensible
 from .augmentation import Augmentation, AugmentationParams, unpack, zscore
 from .swin import SwinParams, SwinSegmentation, validation_loss
 from .unet import UNet, head_weights, segmentation_loss
 from ..slices import CLASSES, SliceStore, annotation_to_classes, pool
-from ..training import Phase, Trainable, TrainingError, TrainingParams, find_device, load_weights, train
+from ..training import Phase, Trainable, TrainingError, TrainingParams, find_device, load_built, train
 
 # %% ../../nbs/segmenters/20_training.ipynb #595cb22a
 class UNetTraining(TrainingParams):
@@ -195,7 +195,7 @@ def validation_score(
         scores.append(np.mean(by_class) if by_class else 0.)
     return float(np.mean(scores))
 
-# %% ../../nbs/segmenters/20_training.ipynb #7dbfa6b7
+# %% ../../nbs/segmenters/20_training.ipynb #d0450410
 def train_segmenter(
     params: AnySegmenter,
     mixture: Literal['real', 'synthetic', 'both'],
@@ -225,10 +225,16 @@ def load_segmenter(
 ) -> Trainable:         # a segmenter in evaluation mode, on its device
     "The trained segmenter of a folder; raises `TrainingError` where training is not finished."
     file = Path(folder)/'config.json'
-    try: config = json.loads(file.read_bytes())
-    except OSError: raise TrainingError(f'{file}: no such file; nothing was trained here') from None
-    model = build_segmenter(check(FAMILIES[config['segmenter']['kind']][0], config['segmenter'], str(file)), config['augmentation'])
-    return load_weights(model, folder).eval().to(find_device(model.params.training.device))
+    if not file.is_file(): raise TrainingError(f'{file}: no such file; nothing was trained here')
+    kept = check(Kept, {k: v for k, v in read_json(file, TrainingError).items() if k in Kept.model_fields}, str(file))
+    sensible(kept.segmenter, {'levels': 12, 'depths': 64, 'window': 256, 'patch': 64}, source=f'{file}: segmenter')
+    model = load_built(lambda: build_segmenter(kept.segmenter, kept.augmentation), folder)
+    return model.eval().to(find_device(model.params.training.device))
+
+class Kept(Params):
+    "What the configuration beside a segmenter's weights has to say."
+    segmenter: AnySegmenter
+    augmentation: bool
 
 # %% ../../nbs/segmenters/20_training.ipynb #ec7707db
 def segment_subject(

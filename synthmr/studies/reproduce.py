@@ -25,7 +25,8 @@ def the_row(
     file, row = re.fullmatch(r'(.+?)(?::(\d+))?', where).groups()
     file = Path(file)
     if not file.is_file(): raise ParamsError(f'{file}: no such file')
-    rows = pd.read_csv(file, dtype={'commit': str})
+    try: rows = pd.read_csv(file, dtype={'commit': str})
+    except ValueError as e: raise ParamsError(f"{file}: cannot be read: {' '.join(str(e).split())}") from None
     if not {'run', 'commit'} <= set(rows): raise ParamsError(f'{file}: its rows do not say which run and commit made them')
     if row is not None and int(row) >= len(rows): raise ParamsError(f'{file}: has rows 0 to {len(rows) - 1}, not {row}')
     if row is not None: rows = rows.iloc[[int(row)]]
@@ -62,6 +63,7 @@ def code_of(
     folder: Path,       # where it goes
 ) -> Path:
     "The code of a commit in a folder of its own (a git worktree); raises ParamsError where there is none."
+    if not re.fullmatch('[0-9a-f]{7,64}', str(commit)): raise ParamsError(f'commit {commit}: is no hash of a commit')     # a word of git's would do otherwise
     done = subprocess.run(['git', '-C', str(repository()), 'worktree', 'add', '--detach', str(folder), str(commit)], capture_output=True, text=True)
     if done.returncode: raise ParamsError(f'commit {commit}: ' + (done.stderr.strip().splitlines() or ['cannot be had'])[-1])
     return folder

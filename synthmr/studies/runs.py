@@ -18,14 +18,14 @@ from pydantic import Field, model_validator
 from ..data.prepare import PrepareParams, prepare
 from ..data.simulated import SimulatedParams, simulate_cohort
 from ..generators.diffusion import DiffusionParams
-from ..generators.families import AnyGenerator, build_generator
+from ..generators.families import AnyGenerator, build_generator, family_of, load_generator
 from ..generators.generator import Generator
 from ..generators.sampling import sample_store
 from ..params import Params, fingerprint, from_file, home, repository, runtime, save
 from ..provenance import save_rows
 from ..segmenters.training import AnySegmenter, UNetParams, evaluate_segmenter, load_segmenter, train_segmenter
 from ..slices import SliceStore
-from ..training import TrainingError, TrainingParams, load_weights, processes, train
+from ..training import TrainingError, TrainingParams, find_device, load_weights, processes, train
 
 # %% ../../nbs/studies/00_runs.ipynb #0f6f6f8f
 class Resources(Params):
@@ -80,7 +80,7 @@ class Run(Params):
 class DataRun(Run, PrepareParams):
     "Subjects to slice store."
     report: ClassVar[str] = 'prepare'
-    dataset: str = 'brats2020'                      # the folder of results and artefacts
+    dataset: str = Field('brats2020', pattern=r'^\w[\w.-]*$')   # the folder of results and artefacts
     simulated: SimulatedParams|None = None          # a cohort to simulate, in place of `nifti`
 
     @property
@@ -119,7 +119,7 @@ class GeneratorRun(Run):
     batch_size: int = runtime(64, ge=1)             # when sampling
 
     @property
-    def label(self) -> str: return self.generator.kind
+    def label(self) -> str: return family_of(self.generator).kind
     @property
     def needs(self) -> list[Run]: return [self.data]
     @property
@@ -142,11 +142,18 @@ def train_generator(
 ) -> Generator:     # with the weights that are kept
     "Train a generator, or load what was trained; where `training.processes` says so, in several processes."
     store, training = SliceStore.open(run.data.folder), run.generator.training
+    if run.generator.kind == 'imported': return _imported(run, store.meta['resolution'])
     generator = build_generator(run.generator, store.meta['resolution'], run.seed)
     if training.processes > 1 == processes()[1]: _in_processes(run)
     train(generator, generator_sources(run, store), training, run.folder/'training', run.seed, config=run)
     load_weights(generator.averaged, run.folder/'training')
     return generator
+
+def _imported(run: GeneratorRun, resolution: int) -> Generator:
+    "What `synthmr import-checkpoint` left, if it paints slices of this size."
+    generator = load_generator(run.generator.folder, run.generator.weights)
+    if generator.resolution != resolution: raise TrainingError(f'{run.generator.folder}: paints {generator.resolution} pixels, the slices have {resolution}')
+    return generator.to(find_device(run.generator.training.device))
 
 def _in_processes(run: GeneratorRun):
     "`synthmr train` in processes that share the work."

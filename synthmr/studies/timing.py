@@ -177,6 +177,7 @@ def generator_rates(
     patience: float=2.,
 ) -> dict:  # that of `training_rates`, and `sampling`, seconds an image
     "What training a generator and sampling from it take."
+    if params.kind == 'imported': return {**generator_rates(params.generator, resolution, patience), 'training': 0.}
     model = build_generator(params, resolution, 0)
     rates, gpu = training_rates(model, params.training, resolution, patience=patience), params.training.device != 'cpu' and torch.cuda.is_available()
     steps = getattr(params, 'sampling_steps', 1)
