@@ -173,7 +173,9 @@ def test_jupyterlab_shows_the_widget(cohort, browser, tmp_path):
             except OSError: time.sleep(0.5)
         page.goto(f'http://127.0.0.1:{port}/lab/tree/lesson.ipynb?token={token}&reset')
         page.wait_for_selector('.jp-Notebook', timeout=120_000)
-        page.click('.jp-Notebook .jp-Cell'); page.keyboard.press('Control+Enter')
+        page.wait_for_selector('text=| Idle', timeout=120_000)
+        page.click('.jp-Notebook .jp-Cell')
+        page.click('.lm-MenuBar >> text=Run'); page.click('.lm-Menu >> text=Run All Cells')
         page.wait_for_selector('.jp-OutputArea canvas', timeout=120_000)
         def look(wanted: set) -> set:
             "The colours of the classes on the canvas, once they are the wanted ones, or after a minute."
