@@ -6,11 +6,11 @@
 __all__ = ['Volumes', 'from_files', 'from_store', 'still', 'layer', 'colour_table', 'grey_table', 'widget', 'is_live',
            'VolumeView', 'show_volume']
 
-# %% ../nbs/05_viewer.ipynb #b5cd7b3f
+# %% ../nbs/05_viewer.ipynb #584499cf
 import base64
 import io
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,16 +20,16 @@ import nibabel as nib
 import numpy as np
 from isal import igzip
 
-from .data.nifti import Header, Subject, find_subjects, read_volume
-from .data.prepare import _same_grid, check_labels, to_annotation, to_grey
+from .data.nifti import Header, InputError, Subject, find_subjects, read_volume
+from .data.prepare import _same_grid, _writer
 from .plots import CLASS_COLOURS, class_legend, overlay
 from .slices import CHANNELS, CLASSES, SEQUENCES, SliceStore, annotation_to_classes
 
-# %% ../nbs/05_viewer.ipynb #6826a382
+# %% ../nbs/05_viewer.ipynb #16c1c469
 @dataclass
 class Volumes:
     "A subject in space, on one grid, its axes turned to RAS+."
-    name: str
+    name: str                           # says so where the subject is simulated
     affine: np.ndarray                  # (4, 4) voxel to mm
     sequences: dict[str, np.ndarray]    # uint8 (X, Y, Z), 0 to 255 as in a slice store
     labels: dict[str, np.ndarray]       # uint8 (X, Y, Z) class indices: the annotation, then segmentations by name
@@ -45,13 +45,14 @@ class Volumes:
         shown = next((v > 0 for v in self.labels.values() if v.any()), next(iter(self.sequences.values())) > 0)
         return tuple(int(shown.sum(axis=tuple({0, 1, 2} - {axis})).argmax()) for axis in range(3))
 
-def _turned(name: str, affine: np.ndarray, sequences: dict, labels: dict) -> Volumes:
+def _turned(name: str, affine: np.ndarray, sequences: dict, labels: dict, simulated: bool=False) -> Volumes:
     "Volumes with their axes turned to RAS+."
+    if simulated: name = f'{name} (simulated)'
     turn = nib.io_orientation(affine)
     def turned(volumes): return {k: np.ascontiguousarray(nib.apply_orientation(v, turn)) for k, v in volumes.items()}
     return Volumes(name, affine @ nib.orientations.inv_ornt_aff(turn, next(iter(sequences.values())).shape), turned(sequences), turned(labels))
 
-# %% ../nbs/05_viewer.ipynb #f7cf77cf
+# %% ../nbs/05_viewer.ipynb #0d14868c
 _BRATS = np.diag([-1., -1, 1, 1])   # voxels of BraTS go to the left, to the back and upwards
 
 def _checked(name: str, classes: np.ndarray, shape: tuple, whose: str) -> np.ndarray:
@@ -61,31 +62,34 @@ def _checked(name: str, classes: np.ndarray, shape: tuple, whose: str) -> np.nda
     if wrong := sorted({*np.unique(classes).tolist()} - {*range(len(CLASSES))}): raise ValueError(f'segmentation {name!r}: holds {wrong[0]}; known are the class indices 0 to {len(CLASSES) - 1}')
     return classes.astype(np.uint8)
 
-def _classes(path: Path, enhancing_label: int) -> tuple[np.ndarray, Header]:
-    "Class indices of a file with BraTS labels; raises ValueError naming the file."
-    volume, header = read_volume(path)
-    try: check_labels(volume, enhancing_label)
-    except ValueError as e: raise ValueError(f'{path}: {e}') from None
-    return annotation_to_classes(to_annotation(volume, enhancing_label)), header
+def _refuse_names(segmentations: dict):
+    "Raise ValueError where a segmentation is called as something else is."
+    for name in segmentations:
+        if name in (*CHANNELS, 'none'): raise ValueError(f'segmentation {name!r}: choose another name, this one is taken')
+
+def _read(subject: Subject, channel: str) -> tuple[np.ndarray, Header]:
+    "A channel as a slice store would keep it, whole; raises `InputError` as the preparation does."
+    volume, header = read_volume(subject.files[channel])
+    grey = np.empty(volume.shape, np.uint8)
+    _writer(volume, channel, subject)(volume, grey)
+    return grey, header
 
 def from_files(
     subject: Subject,       # of `find_subjects`
     segmentations: dict[str, np.ndarray|str|Path]={}, # by name: class indices (X, Y, Z) as the files lie, or a NIfTI file with BraTS labels
 ) -> Volumes:
     "A subject's volumes from its files; raises `InputError` or ValueError naming the file or segmentation."
-    if subject.problem: raise ValueError(f'{subject.name}: {subject.problem}')
-    read = {s: read_volume(subject.files[s]) for s in SEQUENCES}
+    _refuse_names(segmentations)
+    if subject.problem: raise InputError(f'{subject.name}: {subject.problem}')
+    files = {**subject.files, **{name: Path(found) for name, found in segmentations.items() if isinstance(found, (str, Path))}}
+    read = {name: _read(subject if name in SEQUENCES else replace(subject, files={CHANNELS[-1]: path}), name if name in SEQUENCES else CHANNELS[-1]) for name, path in files.items()}
     header = read[SEQUENCES[0]][1]
-    annotation, below = _classes(subject.files[CHANNELS[-1]], subject.enhancing_label)
-    for other in (*(h for _, h in read.values()), below): _same_grid(header, other)
-    labels = {'annotation': annotation}
-    for name, found in segmentations.items():
-        if isinstance(found, (str, Path)): found, other = _classes(Path(found), subject.enhancing_label); _same_grid(header, other)
-        labels[name] = _checked(name, found, header.shape, subject.name)
+    for _, other in read.values(): _same_grid(header, other)
+    labels = {name: annotation_to_classes(read[name][0]) if name in read else _checked(name, segmentations[name], header.shape, subject.name) for name in (CHANNELS[-1], *segmentations)}
     affine = header.affine if header.affine is not None else _BRATS @ np.diag([*header.spacing, 1])
-    return _turned(subject.name, affine, {s: to_grey(v, max(v.max(), 1e-9)) for s, (v, _) in read.items()}, labels)
+    return _turned(subject.name, affine, {s: read[s][0] for s in SEQUENCES}, labels, header.description.startswith('SIMULATED'))
 
-# %% ../nbs/05_viewer.ipynb #a2a9b4b3
+# %% ../nbs/05_viewer.ipynb #7d7e7b61
 def from_store(
     store: SliceStore,      # slices of one subject, such as `store.where(subject=...)`
     segmentations: dict[str, np.ndarray]={}, # by name: class indices (n, H, W), one for each slice, as `segment` gives
@@ -93,6 +97,7 @@ def from_store(
     "A subject's volumes from its slices; raises ValueError where the store holds none or several subjects, or on a segmentation of another shape."
     subjects = store.subjects if {'subject', 'z'} <= {*store.slices} else []
     if len(subjects) != 1: raise ValueError(f'{store.path}: the viewer shows one subject, not {len(subjects)}; choose with store.where(subject=...)')
+    _refuse_names(segmentations)
     images, z = store[:], store.slices.z.to_numpy()
     def stacked(slices): # (n, H, W) -> (W, H, Z), its lowest slice first
         volume = np.zeros((*slices.shape[:0:-1], np.ptp(z) + 1), np.uint8)
@@ -102,7 +107,7 @@ def from_store(
     sequences = {s: stacked(images[:, i]) for i, s in enumerate(SEQUENCES)}
     affine = _BRATS @ np.diag([*store.meta['spacing'][::-1], 1])
     affine[:3, 3] = -affine[:3, :3] @ (np.array(sequences[SEQUENCES[0]].shape) - 1) / 2
-    return _turned(subjects[0], affine, sequences, {name: stacked(found) for name, found in labels.items()})
+    return _turned(subjects[0], affine, sequences, {name: stacked(found) for name, found in labels.items()}, store.meta.get('simulated', False))
 
 # %% ../nbs/05_viewer.ipynb #002a0f4e
 def _cropped(volumes: Volumes) -> Volumes:
