@@ -15,7 +15,7 @@ from pathlib import Path
 from . import __version__
 from .params import ParamsError, check, load, read_yaml
 
-# %% ../nbs/90_cli.ipynb #b2271792
+# %% ../nbs/90_cli.ipynb #582a5ecc
 def _simulate(a: argparse.Namespace) -> int:
     from synthmr.data.simulated import SimulatedParams, simulate_cohort
     params = check(SimulatedParams, {'subjects': a.subjects, 'seed': a.seed, 'spacing': a.spacing, 'workers': a.workers}, 'synthmr simulate')
@@ -29,6 +29,15 @@ def _prepare(a: argparse.Namespace) -> int:
     store = prepare(check(PrepareParams, {k: v for k, v in given.items() if v is not None}, 'synthmr prepare'), a.store)
     counts = store.slices.groupby('split').agg(slices=('z', 'size'), subjects=('subject', 'nunique'))
     print(f'{store.path}: ' + ', '.join(f'{split}: {row.slices} slices of {row.subjects} subjects' for split, row in counts.iterrows()))
+    return 0
+
+def _import_images(a: argparse.Namespace) -> int:
+    from synthmr.data.imported import ImportParams, import_images
+    given = {k: v for k in ('labels', 'white', 'spacing', 'resolution', 'limit', 'images', 'simulated', 'strict') if (v := getattr(a, k)) is not None}
+    store = import_images(check(ImportParams, {'folder': str(a.folder), **given}, 'synthmr import-images'), a.store)
+    found, left = store.meta['annotation'], len(store.meta['skipped'])
+    print(f"{store.path}: {len(store):,} slices of {store.meta['resolution']}x{store.meta['resolution']}, {(store.slices.tumour > 0).mean():.0%} with tumour" + (f'; {left:,} images left out' if left else ''))
+    print(f"annotations ({found['labels']}): {found['moved']:.2%} of the pixels moved to the nearest class, by {found['largest']} grey values at most, {found['doubtful']:.2%} by more than {found['far']}")
     return 0
 
 def _train(a: argparse.Namespace) -> int:
@@ -116,7 +125,7 @@ def _reader_score(a: argparse.Namespace) -> int:
     for path in write_scores(scores, a.out, key) if a.out else (): print(path)
     return 0
 
-# %% ../nbs/90_cli.ipynb #aa6056f4
+# %% ../nbs/90_cli.ipynb #6b568d03
 def parser() -> argparse.ArgumentParser:
     "The command line of `synthmr`."
     top = argparse.ArgumentParser('synthmr', description="Can synthetic MR images be shared instead of patients' images?",
@@ -144,6 +153,18 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--seed', metavar='S', type=int, help='of the split of subjects, where there is no file')
     p.add_argument('--strict', action='store_true', help='a subject that cannot be used is an error')
     p.add_argument('--workers', metavar='W', type=int, default=2, help='processes')
+
+    p = verb('import-images', _import_images, 'turn a folder of synthetic PNG or NIfTI images from elsewhere into a slice store')
+    p.add_argument('folder', metavar='FOLDER', type=Path, help='T1/ T1CE/ T2/ FLAIR/ SEG/ with numbered files, or files whose names end in _t1, _t1ce, _t2, _flair, _seg')
+    p.add_argument('store', metavar='STORE', type=Path, help='folder of the slice store; for a study: generator: {kind: images, name: NAME, store: STORE}')
+    p.add_argument('--labels', choices=('auto', 'grey', 'brats', 'classes'), default='auto', help='what annotations hold: 0, 51, 102, 204 and what is near; 0, 1, 2, 4; 0, 1, 2, 3')
+    p.add_argument('--white', metavar='V', type=float, help='value that becomes 255 (default: 255 of 8 bits, 65535 of 16, the largest of a NIfTI file that has neither)')
+    p.add_argument('--spacing', metavar='MM', type=float, nargs=3, help='pixels in mm, z y x, where files do not say (default: 1 1 1)')
+    p.add_argument('--resolution', metavar='R', type=int, help='pixels along each side, to which images are shrunk (default: as they are)')
+    p.add_argument('--limit', metavar='S', type=float, help='largest share of annotated pixels far from any class (default: 0.02)')
+    p.add_argument('--images', metavar='N', type=int, help='only the first N')
+    p.add_argument('--simulated', action='store_true', help='the patients behind the images were simulated ones')
+    p.add_argument('--strict', action='store_true', help='an image that cannot be used is an error')
 
     p = verb('train', _train, 'train one generator, without a report; several processes under torchrun share the work')
     p.add_argument('file', metavar='FILE', type=Path, help='parameters of the generator, such as params/demo/stylegan2.yaml')

@@ -217,20 +217,22 @@ def snapping_figure(
     axis.set(yscale='log', xlabel='distance from the nearest class (grey values)', ylabel='pixels (%)', xlim=(-1, 52))
     return figure
 
-# %% ../../nbs/data/45_imported.ipynb #4dd36b30
+# %% ../../nbs/data/45_imported.ipynb #f3f09c7e
 class ImagesParams(Params):
-    "Images that are there: a synthetic slice store in the place of a generator. Its fingerprint is read where it is not stated."
+    "Images that are there: a synthetic slice store in the place of a generator. Its fingerprint and their number are read where they are not stated."
     kind: Literal['images'] = 'images'
     name: str = Field(pattern=r'^[a-z][a-z0-9_]*$')     # of the generator, in tables
     store: str = runtime('')                            # folder of the slice store
     fingerprint: str = Field(min_length=16, max_length=16)
+    images: int = Field(ge=1)                           # how many there are
 
     @model_validator(mode='before')
     @classmethod
     def _read(cls, values):
         if not isinstance(values, dict) or 'fingerprint' in values or not isinstance(values.get('store'), str): return values
-        try: return {**values, 'fingerprint': SliceStore.open(values['store']).fingerprint}
+        try: store = SliceStore.open(values['store'])
         except StoreError as e: raise ValueError(str(e)) from None
+        return {**values, 'fingerprint': store.fingerprint, 'images': len(store)}
 
 def open_images(
     params: ImagesParams,

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['FAMILIES', 'AnyGenerator', 'build_generator']
 
-# %% ../../nbs/generators/60_families.ipynb #7abac6d1
+# %% ../../nbs/generators/60_families.ipynb #12abaf27
 from typing import Annotated
 
 import torch
 from pydantic import Field
 
+from ..data.imported import ImagesParams
 from .diffusion import Diffusion, DiffusionParams
 from .generator import Generator
 from .progressive_gan import ProgressiveGAN, ProgressiveGANParams
@@ -18,12 +19,12 @@ from .stylegan1 import StyleGAN1, StyleGAN1Params
 from .stylegan2 import StyleGAN2, StyleGAN2Params
 from .stylegan3 import StyleGAN3, StyleGAN3Params
 
-# %% ../../nbs/generators/60_families.ipynb #7ca293ee
+# %% ../../nbs/generators/60_families.ipynb #24d79874
 FAMILIES = {'progressive_gan': (ProgressiveGANParams, ProgressiveGAN), 'stylegan1': (StyleGAN1Params, StyleGAN1), 'stylegan2': (StyleGAN2Params, StyleGAN2),
             'stylegan3': (StyleGAN3Params, StyleGAN3), 'diffusion': (DiffusionParams, Diffusion)}
 
 # Parameters of any generator; `kind` says of which.
-AnyGenerator = Annotated[ProgressiveGANParams|StyleGAN1Params|StyleGAN2Params|StyleGAN3Params|DiffusionParams, Field(discriminator='kind')]
+AnyGenerator = Annotated[ProgressiveGANParams|StyleGAN1Params|StyleGAN2Params|StyleGAN3Params|DiffusionParams|ImagesParams, Field(discriminator='kind')]
 
 def build_generator(
     params: AnyGenerator,
