@@ -15,7 +15,7 @@ from pathlib import Path
 from . import __version__
 from .params import ParamsError, check, load, read_yaml
 
-# %% ../nbs/90_cli.ipynb #582a5ecc
+# %% ../nbs/90_cli.ipynb #51f7c99e
 def _simulate(a: argparse.Namespace) -> int:
     from synthmr.data.simulated import SimulatedParams, simulate_cohort
     params = check(SimulatedParams, {'subjects': a.subjects, 'seed': a.seed, 'spacing': a.spacing, 'workers': a.workers}, 'synthmr simulate')
@@ -101,6 +101,16 @@ def _published(a: argparse.Namespace) -> int:
     for path in write_published(a.out): print(path)
     return 0
 
+def _release(a: argparse.Namespace) -> int:
+    from synthmr.privacy.cards import ReleaseParams
+    from synthmr.privacy.release import release
+    from synthmr.slices import SliceStore
+    given = {k: v for k in ReleaseParams.model_fields if (v := getattr(a, k)) is not None}
+    out = release(SliceStore.open(a.store), a.out, check(ReleaseParams, given, 'synthmr release'), a.audit, a.weights, SliceStore.open(a.training) if a.training else None)
+    print(f"{out}: {sum(1 for _ in open(out/'SHA256SUMS')):,} files, licence {a.licence}, audit: {'FAILED, published despite it' if a.despite else 'pass'}")
+    print(f"{out/'README.md'}: read it before you publish; what stands under *to be checked* is for you to check")
+    return 0
+
 def _reader_make(a: argparse.Namespace) -> int:
     from synthmr.studies.reader_study import ReaderStudyParams, key_summary, make_reader_study
     stores = [pair.partition('=') for pair in a.synthetic]
@@ -125,7 +135,7 @@ def _reader_score(a: argparse.Namespace) -> int:
     for path in write_scores(scores, a.out, key) if a.out else (): print(path)
     return 0
 
-# %% ../nbs/90_cli.ipynb #6b568d03
+# %% ../nbs/90_cli.ipynb #b242357d
 def parser() -> argparse.ArgumentParser:
     "The command line of `synthmr`."
     top = argparse.ArgumentParser('synthmr', description="Can synthetic MR images be shared instead of patients' images?",
@@ -194,6 +204,25 @@ def parser() -> argparse.ArgumentParser:
 
     p = verb('published', _published, "relative Dice, ranks and inconsistencies of the paper's printed tables, as CSV")
     p.add_argument('out', metavar='OUT', type=Path, help='folder of relative_dice.csv, ranks.csv and inconsistencies.csv')
+
+    p = verb('release', _release, 'turn a synthetic store whose audit was passed into a folder that can be published: BIDS or PNG, cards, Croissant, checksums')
+    p.add_argument('store', metavar='STORE', type=Path, help='synthetic slice store')
+    p.add_argument('out', metavar='OUT', type=Path, help='folder to write')
+    p.add_argument('--audit', metavar='JSON', type=Path, required=True, help='audit.json of `synthmr audit`, of these very images')
+    p.add_argument('--licence', metavar='L', required=True, help='of images and annotations, such as CC-BY-4.0; your decision')
+    p.add_argument('--source', metavar='S', help='what the generator learnt from: simulated, brats2020, brats2021, aida, or a name with --terms (default: what the store says)')
+    p.add_argument('--terms', metavar='T', help='of a source that is not known here, in your words and with their address')
+    p.add_argument('--weights', metavar='FOLDER', type=Path, help='of the generator, to be released with the images')
+    p.add_argument('--training', metavar='STORE', type=Path, help='of the patients that it learnt from, whose names must not appear (default: where the audit says)')
+    p.add_argument('--form', choices=('nifti', 'png'), default='nifti', help="a BIDS derivative, or PNG in the authors' folders")
+    p.add_argument('--orientation', metavar='O', default='LPS', help='where the axes x, y, z of the slices lead')
+    p.add_argument('--title', metavar='T', help='of the data set')
+    p.add_argument('--generator', metavar='G', help='what the generator is called (default: what the store says)')
+    p.add_argument('--authors', metavar='A', nargs='+', help='names')
+    p.add_argument('--version', metavar='V', default='1.0.0', help='of the data set')
+    p.add_argument('--date', metavar='D', help='of publication, YYYY-MM-DD')
+    p.add_argument('--url', metavar='U', help='where it will be found')
+    p.add_argument('--despite', metavar='REASON', help='publish although the audit failed, with this reason in the card')
 
     steps = verb('reader-study', None, 'can people tell real images from synthetic ones: a page for readers, and its scores').add_subparsers(required=True, metavar='STEP')
     p = verb('make', _reader_make, 'draw images and write the page that readers open in a browser, and the key that stays behind', steps)
