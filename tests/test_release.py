@@ -1,10 +1,8 @@
 "A release: accepted by the BIDS validator and by mlcroissant, the same bytes every time, nothing of a patient or of the machine in it, whole or not there."
 import gzip
 import hashlib
-import io
 import json
 import os
-import re
 import shutil
 import signal
 import socket
@@ -72,7 +70,7 @@ def audit(folder, synthetic, real, name='audit.json', verdict='pass', **differs)
     "An audit as `synthmr audit` writes it, its paths included."
     store = {'path': str(real.path), 'fingerprint': real.fingerprint, 'images': len(real), 'subjects': 2, 'split': 'train'}
     criteria = [{'name': 'copies', 'passed': verdict == 'pass', 'value': 0, 'low': None, 'high': None, 'limit': 0, 'reason': 'none of 70 synthetic images is a copy of a training image'}]
-    result = {'verdict': verdict, 'reasons': [] if verdict == 'pass' else ['3 of 70 images are copies'], 'criteria': criteria, 'counts': {'images': 70, 'copies': 0}, 'thresholds': {'copy': 7.25}, 'attacks': [{'attack': 'ratio', 'value': 0.5}]}
+    result = {'verdict': verdict, 'reasons': [] if verdict == 'pass' else ['3 of 70 images are copies'], 'criteria': criteria, 'counts': {'images': 0, 'copies': 0}, 'thresholds': {'copy': 7.25}, 'attacks': [{'attack': 'ratio', 'value': 0.5}]}
     content = {'format': 'synthmr audit 1', 'verdict': verdict, 'simulated': True, 'synthetic': {**store, 'path': str(synthetic.path), 'fingerprint': synthetic.fingerprint}, 'training': store, 'held_out': store, 'result': result,
                'made': {'device': 'secret', 'host': socket.gethostname()}, **differs}
     (folder/name).write_text(json.dumps(content))
@@ -105,6 +103,13 @@ def test_the_bids_validator_would_not_accept_a_wrong_one(bids, tmp_path):
     copy = shutil.copytree(bids, tmp_path/'copy')
     (copy/'dataset_description.json').write_text('{"Name": "x"}'); (copy/'preview.png').touch()
     assert {'JSON_KEY_REQUIRED', 'NOT_INCLUDED'} <= {i['code'] for i in validated(copy) if i['severity'] == 'error'}
+
+def test_the_bids_validator_accepts_more_participants_than_it_reads_by_default(tmp_path, real):
+    with StoreWriter(tmp_path/'many', {'resolution': 4, 'spacing': [1, 1, 1], 'simulated': True}) as writer:
+        writer.append('all', np.zeros((1001, 5, 4, 4), np.uint8), [dict(seed=0, number=i, split='train', tumour=0) for i in range(1001)])
+        store = writer.finish()
+    out = release(store, tmp_path/'out', PARAMS.model_copy(update={'generator': 'nothing'}), audit(tmp_path, store, real), progress=False)
+    assert [i['code'] for i in validated(out) if i['severity'] == 'error'] == [] and '--max-rows -1' in (out/'README.md').read_text()
 
 def test_croissant_is_valid_and_leads_to_the_images(released, synthetic):
     mlcroissant = pytest.importorskip('mlcroissant')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHANNEL_WORDS', 'channel_of', 'image_and_channel', 'ImageFiles', 'find_images', 'read_png', 'read_planes']
 
-# %% ../../nbs/data/40_image_files.ipynb #ad4c49f8
+# %% ../../nbs/data/40_image_files.ipynb #765f430e
 import os
 import re
 from collections import Counter
@@ -17,7 +17,6 @@ import numpy as np
 from PIL import Image
 
 from .nifti import InputError, Subject, _natural, read_volume
-from ..slices import CHANNELS
 
 # %% ../../nbs/data/40_image_files.ipynb #fd17e454
 CHANNEL_WORDS = {'T1w': 't1 t1w t1n t1native', 'T1wGd': 't1ce t1c t1gd t1wgd t1post t1cet1w', 'T2w': 't2 t2w', 'FLAIR': 'flair t2f t2flair', 'annotation': 'seg segmentation annotation label labels mask dseg'}

@@ -6,7 +6,7 @@
 __all__ = ['LIMITS', 'ReleaseParams', 'Facts', 'title_of', 'audit_text', 'data_card', 'model_card', 'dataset_description',
            'changes', 'croissant']
 
-# %% ../../nbs/privacy/86_cards.ipynb #bb910394
+# %% ../../nbs/privacy/86_cards.ipynb #352347fd
 import math
 from typing import Any, Literal, NamedTuple
 
@@ -18,7 +18,6 @@ from .. import __version__
 from ..params import Params
 from .licences import LICENCES, Source
 from .verdict import Verdict
-from ..slices import CLASSES
 
 # %% ../../nbs/privacy/86_cards.ipynb #169f7641
 class ReleaseParams(Params):
@@ -63,7 +62,7 @@ def _markdown(table: pd.DataFrame) -> str:
 
 def _value(v: Any) -> str: return '' if v is None or not math.isfinite(v) else f'{v:,}' if isinstance(v, int) else f'{v:.4g}'
 
-# %% ../../nbs/privacy/86_cards.ipynb #60d8675f
+# %% ../../nbs/privacy/86_cards.ipynb #fa9e03df
 def audit_text(
     verdict: Verdict,
     despite: str|None=None,     # why it is published although the audit failed
@@ -93,7 +92,7 @@ def data_card(
     made = [f"Learnt from: {facts.source.title}" + (' (**simulated patients, none of them real**)' if facts.simulated else '') + ('.' if facts.elsewhere else ', training subjects only.'), f'Generator: {facts.generator}.', f"Written by SynthMR {__version__}{f', release {params.version}' if params.version else ''}{f', {params.date}' if params.date else ''}."]
     if d := facts.dropped: made.append(f"{d['images']:,} images were left out after an audit: {d['copies']:,} copies, {d['too_close']:,} too close to a training image, {d['duplicates']:,} that repeated others; an image may have several reasons.")
     if s := facts.elsewhere: made.append(f"The images came from elsewhere and were imported. Annotations went to the nearest of their four values: {s['moved']:.2%} of the pixels were moved, by {s['largest']} grey values at most, {s['doubtful']:.2%} by more than {s['far']}.")
-    files = {'participants.tsv': 'each image with its number and annotated pixels', 'sub-*/anat/': 'images and annotations (`dseg`, classes in `dseg.tsv`), a BIDS derivative'} if params.form == 'nifti' else {'images.tsv': 'each image with its number and annotated pixels', 'T1/ T1CE/ T2/ FLAIR/ SEG/': 'a PNG for each image; annotations hold 0, 51 (NCR/NET), 102 (ED) and 204 (ET)'}
+    files = {'participants.tsv': 'each image with its number and annotated pixels', 'sub-*/anat/': 'images and annotations (`dseg`, classes in `dseg.tsv`), a BIDS derivative; `bids-validator-deno --max-rows -1` accepts it (without that option it reads a thousand participants and misses the others)'} if params.form == 'nifti' else {'images.tsv': 'each image with its number and annotated pixels', 'T1/ T1CE/ T2/ FLAIR/ SEG/': 'a PNG for each image; annotations hold 0, 51 (NCR/NET), 102 (ED) and 204 (ET)'}
     files |= {'croissant.json': 'these facts for programs', 'audit.json': 'verdict and numbers of the audit', **({'weights/': 'the generator, with a card of its own'} if facts.weights else {}), 'SHA256SUMS': 'checksums; `sha256sum -c SHA256SUMS` checks all files'}
     def listed(items): return '\n'.join(f'- {item}' for item in items)
     parts = [f'# {title_of(params, facts)}', f"{facts.images:,} synthetic axial brain slices of {facts.resolution}x{facts.resolution} pixels ({sx:g} x {sy:g} mm): T1-weighted without and with contrast agent, T2-weighted, FLAIR, and an annotation of three tumour classes. **Nobody was imaged**: a generator painted them.",

@@ -55,7 +55,7 @@ def png_bytes(
     Image.fromarray(plane).save(file, 'PNG')
     return file.getvalue()
 
-# %% ../../nbs/privacy/82_layout.ipynb #e5240900
+# %% ../../nbs/privacy/82_layout.ipynb #89bca2d0
 def participants(
     store: SliceStore,      # with columns seed and number, of a volume also z
 ) -> tuple[pd.DataFrame, list[str]]: # participants.tsv; the stem of each slice's file names; raises `ReleaseError` where the store holds patients
@@ -64,7 +64,7 @@ def participants(
     if missing := [c for c in ('seed', 'number') if c not in store.slices]: raise ReleaseError(f"{store.path}: not a store of synthetic images: slices.csv has no column {', '.join(missing)}")
     table = store.slices.reset_index(drop=True)
     several, digits = table.seed.nunique() > 1, max(6, len(str(table.number.max())))
-    names = [f'sub-' + (f'seed{s}n' if several else '') + f'{n:0{digits}d}' for s, n in zip(table.seed, table.number)]
+    names = [f"sub-{f'seed{s}n' if several else ''}{n:0{digits}d}" for s, n in zip(table.seed, table.number)]
     stems = [f'{name}_chunk-{z:03d}' for name, z in zip(names, table.z)] if 'z' in table else names
     if len(set(stems)) < len(stems): raise ReleaseError(f'{store.path}: two images have the same seed and number')
     people = table.assign(participant_id=names, species='n/a', slices=1, tumour_pixels=table.tumour).groupby('participant_id', sort=False).agg(

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from .licences import ReleaseError
 from ..slices import SliceStore
 
-# %% ../../nbs/privacy/84_verdict.ipynb #8ab2c094
+# %% ../../nbs/privacy/84_verdict.ipynb #afffa534
 class Verdict(NamedTuple):
     "What a release says of its audit."
     passed: bool
@@ -33,6 +33,8 @@ def _audited(content: dict) -> list[tuple[str, dict]]:
     found = [(content.get('released'), content.get('after')), (content.get('synthetic'), content.get('result')), (content.get('store'), content)]
     return [(store.get('fingerprint') if isinstance(store, dict) else store, result) for store, result in found if store and isinstance(result, dict)]
 
+_GROUPS = {'thresholds': 'threshold of', 'counts': 'conspicuous', 'false_alarms': 'false alarms,', 'numbers': ''}
+
 def _number(value: Any) -> bool: return isinstance(value, (int, float)) and math.isfinite(value)
 
 def read_verdict(
@@ -49,6 +51,6 @@ def read_verdict(
     if result is None: raise ReleaseError(f"{path}: is the audit of other images ({', '.join(str(f) for f, _ in audited)}); those of {store.path} are {store.fingerprint}. Audit this store")
     if result.get('verdict') not in ('pass', 'fail'): raise ReleaseError(f'{path}: verdict: is pass or fail, not {result.get("verdict")!r}')
     criteria = [{k: c.get(k) for k in ('name', 'passed', 'value', 'low', 'high', 'limit', 'reason')} for c in result.get('criteria') or () if isinstance(c, dict)]
-    numbers = {f'{group} {key}'.replace('_', ' '): value for group in ('thresholds', 'counts', 'false_alarms', 'numbers') for key, value in (result.get(group) or {}).items() if _number(value)}
+    numbers = {f'{word} {key}'.replace('_', ' ').strip(): value for group, word in _GROUPS.items() for key, value in (result.get(group) or {}).items() if _number(value)}
     training, people = content.get('training') if isinstance(content.get('training'), dict) else {}, [(content.get(who) or {}).get('subjects') for who in ('training', 'held_out')]
     return Verdict(result['verdict'] == 'pass', [str(r) for r in result.get('reasons') or ()], criteria, numbers, content.get('simulated'), (Path(training['path']), training['fingerprint']) if {'path', 'fingerprint'} <= set(training) else None, tuple(people) if all(map(_number, people)) else None)
