@@ -15,7 +15,7 @@ from pathlib import Path
 from . import __version__
 from .params import ParamsError, check, load, read_yaml
 
-# %% ../nbs/90_cli.ipynb #b2271792
+# %% ../nbs/90_cli.ipynb #51f7c99e
 def _simulate(a: argparse.Namespace) -> int:
     from synthmr.data.simulated import SimulatedParams, simulate_cohort
     params = check(SimulatedParams, {'subjects': a.subjects, 'seed': a.seed, 'spacing': a.spacing, 'workers': a.workers}, 'synthmr simulate')
@@ -29,6 +29,15 @@ def _prepare(a: argparse.Namespace) -> int:
     store = prepare(check(PrepareParams, {k: v for k, v in given.items() if v is not None}, 'synthmr prepare'), a.store)
     counts = store.slices.groupby('split').agg(slices=('z', 'size'), subjects=('subject', 'nunique'))
     print(f'{store.path}: ' + ', '.join(f'{split}: {row.slices} slices of {row.subjects} subjects' for split, row in counts.iterrows()))
+    return 0
+
+def _import_images(a: argparse.Namespace) -> int:
+    from synthmr.data.imported import ImportParams, import_images
+    given = {k: v for k in ('labels', 'white', 'spacing', 'resolution', 'limit', 'images', 'simulated', 'strict') if (v := getattr(a, k)) is not None}
+    store = import_images(check(ImportParams, {'folder': str(a.folder), **given}, 'synthmr import-images'), a.store)
+    found, left = store.meta['annotation'], len(store.meta['skipped'])
+    print(f"{store.path}: {len(store):,} slices of {store.meta['resolution']}x{store.meta['resolution']}, {(store.slices.tumour > 0).mean():.0%} with tumour" + (f'; {left:,} images left out' if left else ''))
+    print(f"annotations ({found['labels']}): {found['moved']:.2%} of the pixels moved to the nearest class, by {found['largest']} grey values at most, {found['doubtful']:.2%} by more than {found['far']}")
     return 0
 
 def _train(a: argparse.Namespace) -> int:
@@ -104,6 +113,16 @@ def _published(a: argparse.Namespace) -> int:
     for path in write_published(a.out): print(path)
     return 0
 
+def _release(a: argparse.Namespace) -> int:
+    from synthmr.privacy.cards import ReleaseParams
+    from synthmr.privacy.release import release
+    from synthmr.slices import SliceStore
+    given = {k: v for k in ReleaseParams.model_fields if (v := getattr(a, k)) is not None}
+    out = release(SliceStore.open(a.store), a.out, check(ReleaseParams, given, 'synthmr release'), a.audit, a.weights, SliceStore.open(a.training) if a.training else None)
+    print(f"{out}: {sum(1 for _ in open(out/'SHA256SUMS')):,} files, licence {a.licence}, audit: {'FAILED, published despite it' if a.despite else 'pass'}")
+    print(f"{out/'README.md'}: read it before you publish; what stands under *to be checked* is for you to check")
+    return 0
+
 def _reader_make(a: argparse.Namespace) -> int:
     from synthmr.studies.reader_study import ReaderStudyParams, key_summary, make_reader_study
     stores = [pair.partition('=') for pair in a.synthetic]
@@ -128,7 +147,7 @@ def _reader_score(a: argparse.Namespace) -> int:
     for path in write_scores(scores, a.out, key) if a.out else (): print(path)
     return 0
 
-# %% ../nbs/90_cli.ipynb #aa6056f4
+# %% ../nbs/90_cli.ipynb #b242357d
 def parser() -> argparse.ArgumentParser:
     "The command line of `synthmr`."
     top = argparse.ArgumentParser('synthmr', description="Can synthetic MR images be shared instead of patients' images?",
@@ -156,6 +175,18 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--seed', metavar='S', type=int, help='of the split of subjects, where there is no file')
     p.add_argument('--strict', action='store_true', help='a subject that cannot be used is an error')
     p.add_argument('--workers', metavar='W', type=int, default=2, help='processes')
+
+    p = verb('import-images', _import_images, 'turn a folder of synthetic PNG or NIfTI images from elsewhere into a slice store')
+    p.add_argument('folder', metavar='FOLDER', type=Path, help='T1/ T1CE/ T2/ FLAIR/ SEG/ with numbered files, or files whose names end in _t1, _t1ce, _t2, _flair, _seg')
+    p.add_argument('store', metavar='STORE', type=Path, help='folder of the slice store; for a study: generator: {kind: images, name: NAME, store: STORE}')
+    p.add_argument('--labels', choices=('auto', 'grey', 'brats', 'classes'), default='auto', help='what annotations hold: 0, 51, 102, 204 and what is near; 0, 1, 2, 4; 0, 1, 2, 3')
+    p.add_argument('--white', metavar='V', type=float, help='value that becomes 255 (default: 255 of 8 bits, 65535 of 16, the largest of a NIfTI file that has neither)')
+    p.add_argument('--spacing', metavar='MM', type=float, nargs=3, help='pixels in mm, z y x, where files do not say (default: 1 1 1)')
+    p.add_argument('--resolution', metavar='R', type=int, help='pixels along each side, to which images are shrunk (default: as they are)')
+    p.add_argument('--limit', metavar='S', type=float, help='largest share of annotated pixels far from any class (default: 0.02)')
+    p.add_argument('--images', metavar='N', type=int, help='only the first N')
+    p.add_argument('--simulated', action='store_true', help='the patients behind the images were simulated ones')
+    p.add_argument('--strict', action='store_true', help='an image that cannot be used is an error')
 
     p = verb('train', _train, 'train one generator, without a report; several processes under torchrun share the work')
     p.add_argument('file', metavar='FILE', type=Path, help='parameters of the generator, such as params/demo/stylegan2.yaml')
@@ -200,6 +231,25 @@ def parser() -> argparse.ArgumentParser:
 
     p = verb('published', _published, "relative Dice, ranks and inconsistencies of the paper's printed tables, as CSV")
     p.add_argument('out', metavar='OUT', type=Path, help='folder of relative_dice.csv, ranks.csv and inconsistencies.csv')
+
+    p = verb('release', _release, 'turn a synthetic store whose audit was passed into a folder that can be published: BIDS or PNG, cards, Croissant, checksums')
+    p.add_argument('store', metavar='STORE', type=Path, help='synthetic slice store')
+    p.add_argument('out', metavar='OUT', type=Path, help='folder to write')
+    p.add_argument('--audit', metavar='JSON', type=Path, required=True, help='audit.json of `synthmr audit`, of these very images')
+    p.add_argument('--licence', metavar='L', required=True, help='of images and annotations, such as CC-BY-4.0; your decision')
+    p.add_argument('--source', metavar='S', help='what the generator learnt from: simulated, brats2020, brats2021, aida, or a name with --terms (default: what the store says)')
+    p.add_argument('--terms', metavar='T', help='of a source that is not known here, in your words and with their address')
+    p.add_argument('--weights', metavar='FOLDER', type=Path, help='of the generator, to be released with the images')
+    p.add_argument('--training', metavar='STORE', type=Path, help='of the patients that it learnt from, whose names must not appear (default: where the audit says)')
+    p.add_argument('--form', choices=('nifti', 'png'), default='nifti', help="a BIDS derivative, or PNG in the authors' folders")
+    p.add_argument('--orientation', metavar='O', default='LPS', help='where the axes x, y, z of the slices lead')
+    p.add_argument('--title', metavar='T', help='of the data set')
+    p.add_argument('--generator', metavar='G', help='what the generator is called (default: what the store says)')
+    p.add_argument('--authors', metavar='A', nargs='+', help='names')
+    p.add_argument('--version', metavar='V', default='1.0.0', help='of the data set')
+    p.add_argument('--date', metavar='D', help='of publication, YYYY-MM-DD')
+    p.add_argument('--url', metavar='U', help='where it will be found')
+    p.add_argument('--despite', metavar='REASON', help='publish although the audit failed, with this reason in the card')
 
     steps = verb('reader-study', None, 'can people tell real images from synthetic ones: a page for readers, and its scores').add_subparsers(required=True, metavar='STEP')
     p = verb('make', _reader_make, 'draw images and write the page that readers open in a browser, and the key that stays behind', steps)
