@@ -146,8 +146,8 @@ def train_generator(
     run: GeneratorRun,
 ) -> Generator:     # with the weights that are kept
     "Train a generator, or load what was trained; where `training.processes` says so, in several processes."
-    store, training = SliceStore.open(run.data.folder), run.generator.training
     if not run.trained: raise TrainingError(f'{run.label}: its images are there, in {run.samples}; there is nothing to train')
+    store, training = SliceStore.open(run.data.folder), run.generator.training
     if run.generator.kind == 'imported': return _imported(run, store.meta['resolution'])
     generator = build_generator(run.generator, store.meta['resolution'], run.seed)
     if training.processes > 1 == processes()[1]: _in_processes(run)
