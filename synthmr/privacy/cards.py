@@ -19,7 +19,7 @@ from ..params import Params
 from .licences import LICENCES, Source
 from .verdict import Verdict
 
-# %% ../../nbs/privacy/86_cards.ipynb #169f7641
+# %% ../../nbs/privacy/86_cards.ipynb #3566971d
 class ReleaseParams(Params):
     "How a synthetic store is published. What stands here is the publisher's decision."
     licence: str = Field(min_length=1)                              # of images and annotations; an SPDX name such as CC-BY-4.0, or words
@@ -48,7 +48,7 @@ class Facts(NamedTuple):
     shows: dict[str, int]           # images that show each class, and any tumour
     verdict: Verdict
     weights: bool = False           # whether they are released, too
-    elsewhere: dict[str, Any]|None = None   # how annotations were snapped, where the images came from elsewhere
+    elsewhere: dict[str, Any]|None = None   # where images or weights came from elsewhere: how annotations were snapped, or nothing
     dropped: dict[str, Any]|None = None # how many images an audit left out, and why
 
 def title_of(params: ReleaseParams, facts: Facts) -> str:
@@ -62,7 +62,7 @@ def _markdown(table: pd.DataFrame) -> str:
 
 def _value(v: Any) -> str: return '' if v is None or not math.isfinite(v) else f'{v:,}' if isinstance(v, int) else f'{v:.4g}'
 
-# %% ../../nbs/privacy/86_cards.ipynb #fa9e03df
+# %% ../../nbs/privacy/86_cards.ipynb #13717a62
 def audit_text(
     verdict: Verdict,
     despite: str|None=None,     # why it is published although the audit failed
@@ -89,7 +89,7 @@ def data_card(
     "What a person should know of the images."
     sy, sx = facts.spacing[1:]
     shows = pd.DataFrame([{'shows': name, 'images': f'{n:,}', 'share': f'{n / facts.images:.1%}'} for name, n in facts.shows.items()])
-    made = [f"Learnt from: {facts.source.title}" + (' (**simulated patients, none of them real**)' if facts.simulated else '') + ('.' if facts.elsewhere else ', training subjects only.'), f'Generator: {facts.generator}.', f"Written by SynthMR {__version__}{f', release {params.version}' if params.version else ''}{f', {params.date}' if params.date else ''}."]
+    made = [f"Learnt from: {facts.source.title}" + (' (**simulated patients, none of them real**)' if facts.simulated else '') + ('.' if facts.elsewhere is not None else ', training subjects only.'), f'Generator: {facts.generator}.', f"Written by SynthMR {__version__}{f', release {params.version}' if params.version else ''}{f', {params.date}' if params.date else ''}."]
     if d := facts.dropped: made.append(f"{d['images']:,} images were left out after an audit: {d['copies']:,} copies, {d['too_close']:,} too close to a training image, {d['duplicates']:,} that repeated others; an image may have several reasons.")
     if s := facts.elsewhere: made.append(f"The images came from elsewhere and were imported. Annotations went to the nearest of their four values: {s['moved']:.2%} of the pixels were moved, by {s['largest']} grey values at most, {s['doubtful']:.2%} by more than {s['far']}.")
     files = {'participants.tsv': 'each image with its number and annotated pixels', 'sub-*/anat/': 'images and annotations (`dseg`, classes in `dseg.tsv`), a BIDS derivative; `bids-validator-deno --max-rows -1` accepts it (without that option it reads a thousand participants and misses the others)'} if params.form == 'nifti' else {'images.tsv': 'each image with its number and annotated pixels', 'T1/ T1CE/ T2/ FLAIR/ SEG/': 'a PNG for each image; annotations hold 0, 51 (NCR/NET), 102 (ED) and 204 (ET)'}

@@ -132,7 +132,7 @@ def check_traces(
         for word in words:
             if word in text and re.search(rf'(?<!\w){re.escape(word)}(?!\w)', text): raise ReleaseError(f'{name}: would hold {word!r}, the name of a training subject, a path or a machine; nothing was written')
 
-# %% ../../nbs/privacy/88_release.ipynb #54e6ba35
+# %% ../../nbs/privacy/88_release.ipynb #3c23f002
 _IGNORED = 'croissant.json\naudit.json\nSHA256SUMS\nweights\n'    # what is not part of BIDS
 
 def release(
@@ -153,7 +153,7 @@ def release(
     words = forbidden_words([store.path, training.path, Path(audit), *([Path(weights)] if weights else [])], training)
     with full_disk_is(ReleaseError, out, 'free some space and run the same again'), ReleaseFolder(Path(out)) as folder:
         shows = _add_images(folder, store, stems, params, progress)
-        facts = Facts(generator, simulated, source, lineage(source, generator, params.licence, bool(kept), 'imported' in store.meta), store.meta['resolution'], tuple(store.meta['spacing']), len(people), len(store), shows, verdict, bool(kept), store.meta.get('annotation'), store.meta.get('dropped'))
+        facts = Facts(generator, simulated, source, lineage(source, generator, params.licence, bool(kept), 'imported' in store.meta), store.meta['resolution'], tuple(store.meta['spacing']), len(people), len(store), shows, verdict, bool(kept), store.meta.get('annotation', {} if 'imported' in store.meta else None), store.meta.get('dropped'))
         texts = _texts(store, people, stems, params, facts, kept)
         check_traces(texts, words)
         for name, text in texts.items(): folder.add(name, text)
