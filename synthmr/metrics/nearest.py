@@ -39,14 +39,14 @@ def _sums(signed: torch.Tensor) -> Sums:
         out[0, i], out[1, i] = v.sum(-1).double().sum(-1), v.square_().sum(-1).double().sum(-1)
     return Sums(*out.numpy())
 
-# %% ../../nbs/metrics/20_nearest.ipynb #01f77cba
+# %% ../../nbs/metrics/20_nearest.ipynb #c2464b84
 Images = np.ndarray|SliceStore  # uint8 (n, C, H, W)
 
 class _Source:
     "Rows of an array or of a store, read as signed bytes."
     def __init__(self, images: Images, name: str):
         self.array, self.where = (images.images, images.slices.index.to_numpy()) if isinstance(images, SliceStore) else (images, np.arange(len(images)))
-        if self.array.dtype != np.uint8 or self.array.ndim != 4: raise ValueError(f'{name}: images uint8 (n, C, H, W), not {self.array.dtype} {self.array.shape}')
+        if self.array.dtype != np.uint8 or len(self.array.shape) != 4: raise ValueError(f'{name}: images uint8 (n, C, H, W), not {self.array.dtype} {self.array.shape}')
         if not len(self.where): raise ValueError(f'{name}: no images')
         self.shape = self.array.shape[1:]
 
