@@ -118,7 +118,7 @@ def audit(
     return Found(images, exposure(images, attacked, people, member, params.percentile), attacks, [copies_of(images, threshold, params), close_of(images, calibration), membership_of(attacks, params), repeats_of(images, limit, params)],
                  baseline, calibration, threshold, limit, false_duplicates(base[1], limit), attacked, people, member)
 
-# %% ../../nbs/privacy/40_audit.ipynb #f63dc0e8
+# %% ../../nbs/privacy/40_audit.ipynb #9808a02d
 def copies_of(images: pd.DataFrame, threshold: float, params: AuditParams) -> Criterion:
     "No image may be a copy."
     n, k = len(images), int(images.copied.sum())
@@ -138,11 +138,12 @@ _MEASURES = {'auc': 'area under the curve', 'auc_subjects': 'area under the curv
 def membership_of(attacks: pd.DataFrame, params: AuditParams) -> Criterion:
     "No attack may be both more than chance and worth something."
     tolerated = attacks.measure.map({'auc': params.auc, 'auc_subjects': params.auc, 'tpr': params.tpr})
-    wins = (attacks.p_adjusted <= params.chance / 2) & (attacks.value > tolerated)
+    reached = attacks.value.where((attacks.measure == 'tpr') | (attacks.value > 0.5), 1 - attacks.value)    # who guesses the reverse is right the more often
+    wins = (attacks.p_adjusted <= params.chance / 2) & (reached > tolerated)
     row = attacks.loc[attacks[wins if wins.any() else attacks.p_adjusted.notna()].p_adjusted.idxmin()]
     at = f' at a false positive rate of {params.rate:g}' if row.measure == 'tpr' else ''
     noticed = attacks[(attacks.measure == 'auc') & (attacks.view == attacks.view.iloc[0])].detectable.min()
-    said = 'tells training subjects from others' if wins.any() else 'is the most successful, and no more so than chance' if row.p_adjusted > params.chance / 2 else 'is more than chance, but within what is tolerated'
+    said = 'tells training subjects from others' + (', by the reverse' if row.value < 0.5 and row.measure != 'tpr' else '') if wins.any() else 'is the most successful, and no more so than chance' if row.p_adjusted > params.chance / 2 else 'is more than chance, but within what is tolerated'
     return Criterion(name='membership', passed=not wins.any(), value=row.value, low=row.low, high=row.high, limit=tolerated[row.name],
                      reason=f"the attack '{row.attack}' with {'the whole image' if row['view'] == 'whole' else row['view']} {said}: {_MEASURES[row.measure]} {row.value:.3f} ({row.low:.3f} to {row.high:.3f}){at}, p = {row.p_adjusted:.2g} among {len(attacks)} attempts; "
                             f'an area of {noticed:.2f} would have been noticed with a probability of {params.power:g}')

@@ -6,8 +6,9 @@
 __all__ = ['MEASURES', 'attack_scores', 'Scored', 'bootstrap_weights', 'permuted_labels', 'enough_subjects', 'membership',
            'curves']
 
-# %% ../../nbs/privacy/30_membership.ipynb #72d23c93
+# %% ../../nbs/privacy/30_membership.ipynb #726fa6bd
 from collections.abc import Sequence
+from functools import cached_property
 from math import comb
 
 import matplotlib.pyplot as plt
@@ -28,7 +29,7 @@ def attack_scores(
     tables = {'nearest': _fisher(_wide(in_synthetic)), 'ratio': closeness(in_synthetic, in_people)}
     return {(attack, view): z[view].fillna(z[view].min()).fillna(0).to_numpy() for attack, z in tables.items() for view in z}
 
-# %% ../../nbs/privacy/30_membership.ipynb #8753fc25
+# %% ../../nbs/privacy/30_membership.ipynb #fd605c5f
 class Scored:
     "Scores of images by subject, ready to be counted many times with weights for the subjects."
     def __init__(
@@ -41,7 +42,7 @@ class Scored:
         self.n = np.bincount(subject)
         self.begins = np.searchsorted(-self.score, -self.score)     # where the run of equal scores begins that each belongs to
 
-    @property
+    @cached_property
     def wins(self) -> np.ndarray:   # (K, K)
         "W: how often images of one subject have higher scores than those of another."
         out, up = np.empty((len(self.n),) * 2), self.score[::-1]
@@ -107,7 +108,7 @@ def enough_subjects(
     k, n = int((~member).sum()), len(member)
     if k < 2 or comb(n, k) * chance < 1: raise ValueError(f'{n - k} training and {k} held-out subjects are too few: the smallest p is {1 / comb(n, k):.2g}, and a chance of false alarms of {chance:g} is asked for' if k > 1 else f'{k} held-out subject: at least 2 are needed')
 
-# %% ../../nbs/privacy/30_membership.ipynb #8f3d77ae
+# %% ../../nbs/privacy/30_membership.ipynb #b9a53c75
 MEASURES = ('auc', 'auc_subjects', 'tpr')
 
 def membership(
@@ -122,7 +123,7 @@ def membership(
     seed: int=0,
     progress: bool=False,   # show a progress bar
 ) -> pd.DataFrame:          # a row an attack, view and measure: `value`, `low`, `high`, `by_chance`, `p`, `p_adjusted`, `detectable`
-    "What the attacks achieve. A TPR for which the others are too few images is nan."
+    "What the attacks achieve; an area below 0.5 counts as one above. A TPR for which the others are too few images is nan."
     enough_subjects(member, chance)
     draws, labels, own = bootstrap_weights(member, replicates, seed), permuted_labels(member, permutations, seed), member[None].astype(float)
     few, rows, by_chance = rate * (~member)[subject].sum() < 1, [], []
@@ -137,6 +138,8 @@ def membership(
     spread = null.std(axis=1)
     with np.errstate(invalid='ignore', divide='ignore'):
         t, of_null = ((v - null.mean(axis=1, keepdims=True)) / spread[:, None] for v in (rows.value.to_numpy()[:, None], null))
+    areas = (rows.measure != 'tpr').to_numpy()
+    for v in (t, of_null): v[areas] = abs(v[areas])     # in both directions
     usable = np.isfinite(t[:, 0])
     largest = of_null[usable].max(axis=0)
     def p(reached): return (1 + reached.sum(axis=-1)) / (1 + permutations)
