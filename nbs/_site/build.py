@@ -19,7 +19,7 @@ def drop_module_name(cell):
     if cell.cell_type == 'code' and 'default_exp' in (cell.directives_ or {}): del cell['source']
 
 PROCESSORS = [populate_language, strip_ansi, hide_line, filter_stream_, clean_magics, hide_, drop_module_name]
-CHAPTERS = {'': 'Foundations', 'data': 'Data', 'generators': 'Generators', 'segmenters': 'Segmenters', 'metrics': 'Metrics', 'studies': 'Studies'}
+CHAPTERS = {'': 'Foundations', 'data': 'Data', 'generators': 'Generators', 'segmenters': 'Segmenters', 'metrics': 'Metrics', 'studies': 'Studies', 'privacy': 'Privacy'}
 
 def process(
     notebook: Path, # as it stands in the repository

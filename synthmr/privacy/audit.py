@@ -6,7 +6,7 @@
 __all__ = ['AuditParams', 'check_sets', 'Criterion', 'Found', 'audit', 'copies_of', 'close_of', 'membership_of', 'repeats_of',
            'exposure', 'closeness_figure', 'planned']
 
-# %% ../../nbs/privacy/40_audit.ipynb #6eba8e4c
+# %% ../../nbs/privacy/40_audit.ipynb #3b52650a
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -20,17 +20,18 @@ from scipy import stats
 from ..metrics.memorization import Calibration, calibrate_closeness
 from ..params import Params, runtime
 from ..plots import MIXTURE_COLOURS
-from .copies import closeness, copy_threshold, judge, scores
+from .copies import closeness, copy_threshold, judge, of_own, scores
 from .duplicates import duplicates, false_duplicates, neighbour_correlations, of_others
 from .membership import attack_scores, enough_subjects, membership
 from .searches import SearchParams, Searches, cost, integer_rate
 from ..slices import SliceStore, pool
 
-# %% ../../nbs/privacy/40_audit.ipynb #b7c328f6
+# %% ../../nbs/privacy/40_audit.ipynb #2929f54d
 class AuditParams(SearchParams):
     "How a synthetic store is audited, and what fails it."
     chance: float = Field(0.05, gt=0, lt=1)         # of failing a store that knows nothing of its training subjects
     percentile: float = Field(99, gt=0, lt=100)     # of held-out images' closeness, above which an image is too close
+    distance: float = Field(3, ge=0)                # mm between slices of one head, whose likeness a copy exceeds
     auc: float = Field(0.55, ge=0.5, le=1)          # largest area under an attack's curve that is tolerated
     rate: float = Field(0.01, gt=0, lt=1)           # false positive rate at which the attacks' true positive rate is tested
     tpr: float = Field(0.02, ge=0, le=1)            # largest true positive rate there that is tolerated
@@ -42,7 +43,7 @@ class AuditParams(SearchParams):
     permutations: int = Field(2000, ge=19)          # of the subjects' labels
     seed: int = Field(0, ge=0)                      # of all of these
 
-# %% ../../nbs/privacy/40_audit.ipynb #e282d080
+# %% ../../nbs/privacy/40_audit.ipynb #fa4d67c8
 def check_sets(
     synthetic: SliceStore,
     training: SliceStore,   # real images that the generator learnt from, with column `subject`
@@ -53,12 +54,13 @@ def check_sets(
     for name, store in (('synthetic', synthetic), ('training', training), ('held-out', held_out)):
         if not len(store): raise ValueError(f'{store.path}: no {name} images')
         if store.images.shape[1:] != training.images.shape[1:]: raise ValueError(f'{store.path}: {name} images are {tuple(store.images.shape[1:])}, training images {tuple(training.images.shape[1:])}')
-        if name != 'synthetic' and 'subject' not in store.slices: raise ValueError(f'{store.path}: {name} images without subjects: slices.csv has no column subject')
+        for column in ('subject', 'z') if name != 'synthetic' else ():
+            if column not in store.slices: raise ValueError(f'{store.path}: {name} images without subjects: slices.csv has no column {column}')
     if both := sorted(set(training.subjects) & set(held_out.subjects)): raise ValueError(f'{held_out.path}: subject {both[0]} is among the training and the held-out subjects')
     enough_subjects(np.arange(n := len(training.subjects + held_out.subjects)) < len(training.subjects), params.chance / 2)
     if len(held_out) * (1 - params.percentile / 100) < 1 - 1e-9: raise ValueError(f'{held_out.path}: {len(held_out)} held-out images are too few for a percentile of {params.percentile:g}; {int(np.ceil(1 / (1 - params.percentile / 100)))} are needed')
 
-# %% ../../nbs/privacy/40_audit.ipynb #dd25ce06
+# %% ../../nbs/privacy/40_audit.ipynb #6731ec3b
 class Criterion(Params):
     "One reason to release or not."
     name: Literal['copies', 'too close', 'membership', 'duplicates']
@@ -86,6 +88,10 @@ class Found(NamedTuple):
 
     @property
     def passed(self) -> bool: return all(c.passed for c in self.criteria)
+    @property
+    def number(self) -> np.ndarray: return pd.factorize(self.people.slices.subject)[0]  # of the subject of each of `people`'s images
+    @property
+    def table(self) -> pd.DataFrame: return pd.DataFrame([c.model_dump(exclude={'reason'}) for c in self.criteria]).set_index('name').round(4)
 
 def audit(
     synthetic: SliceStore,
@@ -110,7 +116,8 @@ def audit(
     z = closeness(*base)
     calibration = calibrate_closeness(z, held_out.slices.subject, params.percentile, params.seed)
     baseline = scores(z, calibration)
-    threshold = max(calibration.threshold, copy_threshold(baseline.score, held_out.slices.subject, n, params.chance / 2, seed=params.seed))
+    own = closeness(search(held_out, held_out, f'own, {params.distance:g} mm', of_own(held_out, params.distance)), base[1])
+    threshold = copy_threshold(calibration, own, baseline.score, held_out.slices.subject, n, params.chance / 2, params.seed)
     limit = float(np.quantile(neighbour_correlations(held_out), params.neighbours / 100))
     images = judge(in_training, in_held_out, calibration, threshold, training).merge(duplicates(synthetic, limit, search), on='query')
     images = images.assign(dropped=images.too_close | (images.repeats >= 0))
@@ -118,13 +125,13 @@ def audit(
     return Found(images, exposure(images, attacked, people, member, params.percentile), attacks, [copies_of(images, threshold, params), close_of(images, calibration), membership_of(attacks, params), repeats_of(images, limit, params)],
                  baseline, calibration, threshold, limit, false_duplicates(base[1], limit), attacked, people, member)
 
-# %% ../../nbs/privacy/40_audit.ipynb #9808a02d
+# %% ../../nbs/privacy/40_audit.ipynb #c0f232a4
 def copies_of(images: pd.DataFrame, threshold: float, params: AuditParams) -> Criterion:
     "No image may be a copy."
     n, k = len(images), int(images.copied.sum())
     said = f"{k:,} of {n:,} synthetic images {'is a copy' if k == 1 else 'are copies'} of training images" if k else f'none of {n:,} synthetic images is a copy of a training image'
     return Criterion(name='copies', passed=k == 0, value=k, limit=0,
-                     reason=f'{said}: a score above {threshold:.2f}, which one image of an honest store reaches with a chance of {params.chance / 2:g}; the highest is {images.score.max():.2f}')
+                     reason=f'{said}: a score above {threshold:.2f}, nearer than the same head {params.distance:g} mm away; the highest is {images.score.max():.2f}')
 
 def close_of(images: pd.DataFrame, calibration: Calibration) -> Criterion:
     "No more images may be too close than held-out subjects guarantee."
@@ -175,7 +182,7 @@ def exposure(
     table['p'] = [(1 + (table.score[~member] >= s).sum()) / (1 + (~member).sum()) for s in table.score]
     return table[member].sort_values(['copies', 'too_close', 'excess', 'score'], ascending=False)[['subject', 'slices', 'copies', 'too_close', 'near', 'excess', 'score', 'p']].reset_index(drop=True)
 
-# %% ../../nbs/privacy/40_audit.ipynb #d851fd44
+# %% ../../nbs/privacy/40_audit.ipynb #e84efa3c
 def closeness_figure(
     found: Found,
     width: float=8,     # inches
@@ -188,7 +195,7 @@ def closeness_figure(
     for x, name in ((found.calibration.threshold, 'too close'), (found.threshold, 'copy')):
         left.axvline(x, color='black', lw=0.8, ls=':'); left.annotate(name, (x, 1), (3, -2), xycoords=('data', 'axes fraction'), textcoords='offset points', va='top', fontsize=8)
     left.set(xlabel=f'score (above {top:.1f}: at {top:.1f})', ylabel='% of the images'); sns.move_legend(left, 'lower center', bbox_to_anchor=(0.5, 1), ncols=2, title=None)
-    code, names = pd.factorize(found.people.slices.subject)
+    code = found.number
     z = pd.DataFrame({view: x for (attack, view), x in found.attack_scores.items() if attack == 'ratio'})
     calibration = calibrate_closeness(z[~found.member[code]], code[~found.member[code]], found.calibration.percentile)
     mean = scores(z, calibration).score.groupby(code).mean().to_numpy()
