@@ -15,7 +15,7 @@ from pathlib import Path
 from . import __version__
 from .params import ParamsError, check, load, read_yaml
 
-# %% ../nbs/90_cli.ipynb #51f7c99e
+# %% ../nbs/90_cli.ipynb #ae63cded
 def _simulate(a: argparse.Namespace) -> int:
     from synthmr.data.simulated import SimulatedParams, simulate_cohort
     params = check(SimulatedParams, {'subjects': a.subjects, 'seed': a.seed, 'spacing': a.spacing, 'workers': a.workers}, 'synthmr simulate')
@@ -108,6 +108,15 @@ def _reproduce(a: argparse.Namespace) -> int:
     print('\nreproduced: every value is the same' if reproduced(found) else '\nNOT the same: see the columns in which rows differ')
     return 0 if reproduced(found) else 1
 
+def _audit(a: argparse.Namespace) -> int:
+    from synthmr.privacy.gate import EXIT, Audit, execute, planned_for, said
+    given = {'synthetic': a.store, 'training': a.training, 'held_out': a.heldout, 'training_split': a.training_split, 'held_out_split': a.heldout_split, 'out': a.out or Path(f'{a.store}-audit'), 'drop': a.drop}
+    run = check(Audit, {**{k: v if v is None else str(v) for k, v in given.items()}, 'utility': a.utility and str(a.utility), 'seeds': a.seeds, 'audit': read_yaml(a.params) if a.params else {}}, str(a.params or 'synthmr audit'))
+    if a.plan: found = planned_for(run); print(found.to_string(index=False)); print(f'{found.hours.sum():.2g} hours in all, on the threads of this process'); return 0
+    record = execute(run, a.threads)
+    print(said(record)); print(Path(run.out)/'audit.html')
+    return EXIT[record.verdict]
+
 def _published(a: argparse.Namespace) -> int:
     from synthmr.studies.published import write_published
     for path in write_published(a.out): print(path)
@@ -147,7 +156,7 @@ def _reader_score(a: argparse.Namespace) -> int:
     for path in write_scores(scores, a.out, key) if a.out else (): print(path)
     return 0
 
-# %% ../nbs/90_cli.ipynb #b242357d
+# %% ../nbs/90_cli.ipynb #3190f2d2
 def parser() -> argparse.ArgumentParser:
     "The command line of `synthmr`."
     top = argparse.ArgumentParser('synthmr', description="Can synthetic MR images be shared instead of patients' images?",
@@ -229,6 +238,20 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--out', metavar='FOLDER', type=Path, help='where the work is done; empty (default: a temporary folder)')
     p.add_argument('--here', action='store_true', help="with the code at hand instead of that of the row's commit")
 
+    p = verb('audit', _audit, 'whether a synthetic store may be released: copies, membership attacks, duplicates; exit code 0 pass, 3 fail, 1 unusable input')
+    p.add_argument('store', metavar='STORE', type=Path, help='synthetic slice store')
+    p.add_argument('--training', metavar='STORE', type=Path, required=True, help='real slice store that its generator learnt from')
+    p.add_argument('--training-split', metavar='S', default='train', help='of that store, where it has splits')
+    p.add_argument('--heldout', metavar='STORE', type=Path, help='real slice store of people that the generator has not seen (default: that of the training images)')
+    p.add_argument('--heldout-split', metavar='S', help='of that store (default: test where it is that of the training images, else everything)')
+    p.add_argument('--out', metavar='OUT', type=Path, help='folder of the report; it shows patients (default: STORE-audit)')
+    p.add_argument('--params', metavar='FILE', type=Path, help='thresholds and searches that differ from the defaults, as YAML')
+    p.add_argument('--drop', metavar='NEW_STORE', type=Path, help='write the store without what is too close or repeated, and audit that: the verdict is its own')
+    p.add_argument('--utility', metavar='SEGMENTER', type=Path, help='parameters of a segmenter, such as params/demo/unet.yaml: relative Dice and Fréchet distance, with --drop before and after')
+    p.add_argument('--seeds', metavar='S', type=int, nargs='+', default=[0], help='of the trainings of that segmenter')
+    p.add_argument('--threads', metavar='N', type=int, default=1, help='of the processor')
+    p.add_argument('--plan', action='store_true', help='say how long the searches will take')
+
     p = verb('published', _published, "relative Dice, ranks and inconsistencies of the paper's printed tables, as CSV")
     p.add_argument('out', metavar='OUT', type=Path, help='folder of relative_dice.csv, ranks.csv and inconsistencies.csv')
 
@@ -269,10 +292,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--out', metavar='FOLDER', type=Path, help='write tables, text and figure there, too')
     return top
 
-# %% ../nbs/90_cli.ipynb #398565f9
+# %% ../nbs/90_cli.ipynb #45c0115c
 def main(
     arguments: list[str]|None=None, # the command line; `sys.argv` where None
-) -> int:                           # exit code: 0 done, 1 unusable data or failed work, 2 wrong parameters, 130 interrupted
+) -> int:                           # exit code: 0 done, 1 unusable data or failed work, 2 wrong parameters, 3 an audit that fails, 130 interrupted
     "Run one `synthmr` command."
     given, for_snakemake = list(sys.argv[1:] if arguments is None else arguments), []
     if '--' in given: at = given.index('--'); given, for_snakemake = given[:at], given[at + 1:]
