@@ -23,7 +23,7 @@ setup(
     classifiers=['Intended Audience :: Science/Research', 'Programming Language :: Python :: 3', 'Topic :: Scientific/Engineering :: Medical Science Apps.'],
     python_requires='>=' + s['min_python'],
     install_requires=s['requirements'].split(),
-    extras_require={'dev': s['dev_requirements'].split(), 'slurm': s['slurm_requirements'].split()},
+    extras_require={'dev': s['dev_requirements'].split(), 'slurm': s['slurm_requirements'].split(), 'viewer': s['viewer_requirements'].split()},
     # The report templates are notebooks of `nbs/reports`; an installed package carries them as `synthmr.templates`.
     packages=[*find_packages(include=['synthmr', 'synthmr.*']), 'synthmr.templates'],
     package_dir={'synthmr.templates': 'nbs/reports'},

@@ -15,7 +15,7 @@ from pathlib import Path
 from . import __version__
 from .params import ParamsError, check, load, read_yaml
 
-# %% ../nbs/90_cli.ipynb #b2271792
+# %% ../nbs/90_cli.ipynb #ae63cded
 def _simulate(a: argparse.Namespace) -> int:
     from synthmr.data.simulated import SimulatedParams, simulate_cohort
     params = check(SimulatedParams, {'subjects': a.subjects, 'seed': a.seed, 'spacing': a.spacing, 'workers': a.workers}, 'synthmr simulate')
@@ -29,6 +29,15 @@ def _prepare(a: argparse.Namespace) -> int:
     store = prepare(check(PrepareParams, {k: v for k, v in given.items() if v is not None}, 'synthmr prepare'), a.store)
     counts = store.slices.groupby('split').agg(slices=('z', 'size'), subjects=('subject', 'nunique'))
     print(f'{store.path}: ' + ', '.join(f'{split}: {row.slices} slices of {row.subjects} subjects' for split, row in counts.iterrows()))
+    return 0
+
+def _import_images(a: argparse.Namespace) -> int:
+    from synthmr.data.imported import ImportParams, import_images
+    given = {k: v for k in ('labels', 'white', 'spacing', 'resolution', 'limit', 'images', 'simulated', 'strict') if (v := getattr(a, k)) is not None}
+    store = import_images(check(ImportParams, {'folder': str(a.folder), **given}, 'synthmr import-images'), a.store)
+    found, left = store.meta['annotation'], len(store.meta['skipped'])
+    print(f"{store.path}: {len(store):,} slices of {store.meta['resolution']}x{store.meta['resolution']}, {(store.slices.tumour > 0).mean():.0%} with tumour" + (f'; {left:,} images left out' if left else ''))
+    print(f"annotations ({found['labels']}): {found['moved']:.2%} of the pixels moved to the nearest class, by {found['largest']} grey values at most, {found['doubtful']:.2%} by more than {found['far']}")
     return 0
 
 def _train(a: argparse.Namespace) -> int:
@@ -99,9 +108,28 @@ def _reproduce(a: argparse.Namespace) -> int:
     print('\nreproduced: every value is the same' if reproduced(found) else '\nNOT the same: see the columns in which rows differ')
     return 0 if reproduced(found) else 1
 
+def _audit(a: argparse.Namespace) -> int:
+    from synthmr.privacy.gate import EXIT, Audit, execute, planned_for, said
+    given = {'synthetic': a.store, 'training': a.training, 'held_out': a.heldout, 'training_split': a.training_split, 'held_out_split': a.heldout_split, 'out': a.out or Path(f'{a.store}-audit'), 'drop': a.drop}
+    run = check(Audit, {**{k: v if v is None else str(v) for k, v in given.items()}, 'utility': a.utility and str(a.utility), 'seeds': a.seeds, 'audit': read_yaml(a.params) if a.params else {}}, str(a.params or 'synthmr audit'))
+    if a.plan: found = planned_for(run); print(found.to_string(index=False)); print(f'{found.hours.sum():.2g} hours in all, on the threads of this process'); return 0
+    record = execute(run, a.threads)
+    print(said(record)); print(Path(run.out)/'audit.html')
+    return EXIT[record.verdict]
+
 def _published(a: argparse.Namespace) -> int:
     from synthmr.studies.published import write_published
     for path in write_published(a.out): print(path)
+    return 0
+
+def _release(a: argparse.Namespace) -> int:
+    from synthmr.privacy.cards import ReleaseParams
+    from synthmr.privacy.release import release
+    from synthmr.slices import SliceStore
+    given = {k: v for k in ReleaseParams.model_fields if (v := getattr(a, k)) is not None}
+    out = release(SliceStore.open(a.store), a.out, check(ReleaseParams, given, 'synthmr release'), a.audit, a.weights, SliceStore.open(a.training) if a.training else None)
+    print(f"{out}: {sum(1 for _ in open(out/'SHA256SUMS')):,} files, licence {a.licence}, audit: {'FAILED, published despite it' if a.despite else 'pass'}")
+    print(f"{out/'README.md'}: read it before you publish; what stands under *to be checked* is for you to check")
     return 0
 
 def _reader_make(a: argparse.Namespace) -> int:
@@ -128,7 +156,7 @@ def _reader_score(a: argparse.Namespace) -> int:
     for path in write_scores(scores, a.out, key) if a.out else (): print(path)
     return 0
 
-# %% ../nbs/90_cli.ipynb #aa6056f4
+# %% ../nbs/90_cli.ipynb #3190f2d2
 def parser() -> argparse.ArgumentParser:
     "The command line of `synthmr`."
     top = argparse.ArgumentParser('synthmr', description="Can synthetic MR images be shared instead of patients' images?",
@@ -156,6 +184,18 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--seed', metavar='S', type=int, help='of the split of subjects, where there is no file')
     p.add_argument('--strict', action='store_true', help='a subject that cannot be used is an error')
     p.add_argument('--workers', metavar='W', type=int, default=2, help='processes')
+
+    p = verb('import-images', _import_images, 'turn a folder of synthetic PNG or NIfTI images from elsewhere into a slice store')
+    p.add_argument('folder', metavar='FOLDER', type=Path, help='T1/ T1CE/ T2/ FLAIR/ SEG/ with numbered files, or files whose names end in _t1, _t1ce, _t2, _flair, _seg')
+    p.add_argument('store', metavar='STORE', type=Path, help='folder of the slice store; for a study: generator: {kind: images, name: NAME, store: STORE}')
+    p.add_argument('--labels', choices=('auto', 'grey', 'brats', 'classes'), default='auto', help='what annotations hold: 0, 51, 102, 204 and what is near; 0, 1, 2, 4; 0, 1, 2, 3')
+    p.add_argument('--white', metavar='V', type=float, help='value that becomes 255 (default: 255 of 8 bits, 65535 of 16, the largest of a NIfTI file that has neither)')
+    p.add_argument('--spacing', metavar='MM', type=float, nargs=3, help='pixels in mm, z y x, where files do not say (default: 1 1 1)')
+    p.add_argument('--resolution', metavar='R', type=int, help='pixels along each side, to which images are shrunk (default: as they are)')
+    p.add_argument('--limit', metavar='S', type=float, help='largest share of annotated pixels far from any class (default: 0.02)')
+    p.add_argument('--images', metavar='N', type=int, help='only the first N')
+    p.add_argument('--simulated', action='store_true', help='the patients behind the images were simulated ones')
+    p.add_argument('--strict', action='store_true', help='an image that cannot be used is an error')
 
     p = verb('train', _train, 'train one generator, without a report; several processes under torchrun share the work')
     p.add_argument('file', metavar='FILE', type=Path, help='parameters of the generator, such as params/demo/stylegan2.yaml')
@@ -198,8 +238,41 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--out', metavar='FOLDER', type=Path, help='where the work is done; empty (default: a temporary folder)')
     p.add_argument('--here', action='store_true', help="with the code at hand instead of that of the row's commit")
 
+    p = verb('audit', _audit, 'whether a synthetic store may be released: copies, membership attacks, duplicates; exit code 0 pass, 3 fail, 1 unusable input')
+    p.add_argument('store', metavar='STORE', type=Path, help='synthetic slice store')
+    p.add_argument('--training', metavar='STORE', type=Path, required=True, help='real slice store that its generator learnt from')
+    p.add_argument('--training-split', metavar='S', default='train', help='of that store, where it has splits')
+    p.add_argument('--heldout', metavar='STORE', type=Path, help='real slice store of people that the generator has not seen (default: that of the training images)')
+    p.add_argument('--heldout-split', metavar='S', help='of that store (default: test where it is that of the training images, else everything)')
+    p.add_argument('--out', metavar='OUT', type=Path, help='folder of the report; it shows patients (default: STORE-audit)')
+    p.add_argument('--params', metavar='FILE', type=Path, help='thresholds and searches that differ from the defaults, as YAML')
+    p.add_argument('--drop', metavar='NEW_STORE', type=Path, help='write the store without what is too close or repeated, and audit that: the verdict is its own')
+    p.add_argument('--utility', metavar='SEGMENTER', type=Path, help='parameters of a segmenter, such as params/demo/unet.yaml: relative Dice and Fréchet distance, with --drop before and after')
+    p.add_argument('--seeds', metavar='S', type=int, nargs='+', default=[0], help='of the trainings of that segmenter')
+    p.add_argument('--threads', metavar='N', type=int, default=1, help='of the processor')
+    p.add_argument('--plan', action='store_true', help='say how long the searches will take')
+
     p = verb('published', _published, "relative Dice, ranks and inconsistencies of the paper's printed tables, as CSV")
     p.add_argument('out', metavar='OUT', type=Path, help='folder of relative_dice.csv, ranks.csv and inconsistencies.csv')
+
+    p = verb('release', _release, 'turn a synthetic store whose audit was passed into a folder that can be published: BIDS or PNG, cards, Croissant, checksums')
+    p.add_argument('store', metavar='STORE', type=Path, help='synthetic slice store')
+    p.add_argument('out', metavar='OUT', type=Path, help='folder to write')
+    p.add_argument('--audit', metavar='JSON', type=Path, required=True, help='audit.json of `synthmr audit`, of these very images')
+    p.add_argument('--licence', metavar='L', required=True, help='of images and annotations, such as CC-BY-4.0; your decision')
+    p.add_argument('--source', metavar='S', help='what the generator learnt from: simulated, brats2020, brats2021, aida, or a name with --terms (default: what the store says)')
+    p.add_argument('--terms', metavar='T', help='of a source that is not known here, in your words and with their address')
+    p.add_argument('--weights', metavar='FOLDER', type=Path, help='of the generator, to be released with the images')
+    p.add_argument('--training', metavar='STORE', type=Path, help='of the patients that it learnt from, whose names must not appear (default: where the audit says)')
+    p.add_argument('--form', choices=('nifti', 'png'), default='nifti', help="a BIDS derivative, or PNG in the authors' folders")
+    p.add_argument('--orientation', metavar='O', default='LPS', help='where the axes x, y, z of the slices lead')
+    p.add_argument('--title', metavar='T', help='of the data set')
+    p.add_argument('--generator', metavar='G', help='what the generator is called (default: what the store says)')
+    p.add_argument('--authors', metavar='A', nargs='+', help='names')
+    p.add_argument('--version', metavar='V', default='1.0.0', help='of the data set')
+    p.add_argument('--date', metavar='D', help='of publication, YYYY-MM-DD')
+    p.add_argument('--url', metavar='U', help='where it will be found')
+    p.add_argument('--despite', metavar='REASON', help='publish although the audit failed, with this reason in the card')
 
     steps = verb('reader-study', None, 'can people tell real images from synthetic ones: a page for readers, and its scores').add_subparsers(required=True, metavar='STEP')
     p = verb('make', _reader_make, 'draw images and write the page that readers open in a browser, and the key that stays behind', steps)
@@ -219,10 +292,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--out', metavar='FOLDER', type=Path, help='write tables, text and figure there, too')
     return top
 
-# %% ../nbs/90_cli.ipynb #398565f9
+# %% ../nbs/90_cli.ipynb #45c0115c
 def main(
     arguments: list[str]|None=None, # the command line; `sys.argv` where None
-) -> int:                           # exit code: 0 done, 1 unusable data or failed work, 2 wrong parameters, 130 interrupted
+) -> int:                           # exit code: 0 done, 1 unusable data or failed work, 2 wrong parameters, 3 an audit that fails, 130 interrupted
     "Run one `synthmr` command."
     given, for_snakemake = list(sys.argv[1:] if arguments is None else arguments), []
     if '--' in given: at = given.index('--'); given, for_snakemake = given[:at], given[at + 1:]

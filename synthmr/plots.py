@@ -4,46 +4,84 @@
 
 # %% auto #0
 __all__ = ['CLASS_COLOURS', 'MIXTURE_COLOURS', 'GENERATOR_NAMES', 'GENERATOR_COLOURS', 'SEGMENTER_NAMES', 'DATASET_NAMES',
-           'use_style', 'overlay', 'strip', 'montage', 'class_legend', 'segmentations', 'curves', 'tumour_along_z',
-           'dice_by_subject', 'relative_dice', 'relative_dice_intervals', 'rank_stability', 'fidelity_against_dice',
-           'published_beside', 'highest_correlations', 'ratio_curve', 'ensemble_sizes', 'stand_ins', 'taken_for_real']
+           'use_style', 'figure_format', 'compact', 'overlay', 'class_legend', 'strip', 'montage', 'segmentations']
 
-# %% ../nbs/03_plots.ipynb #40efa4c8
+# %% ../nbs/03_plots.ipynb #a7384098
+import re
+import sys
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 import seaborn as sns
 
 from .slices import CHANNELS, CLASSES, annotation_to_classes
 
-# %% ../nbs/03_plots.ipynb #11488635
-CLASS_COLOURS = {'NCR/NET': '#009E73', 'ED': '#56B4E9', 'ET': '#E0402A'}
+# %% ../nbs/03_plots.ipynb #7c1b569e
+CLASS_COLOURS = {'NCR/NET': '#46E2A2', 'ED': '#2F80E0', 'ET': '#D9181A'}
 MIXTURE_COLOURS = {'real': '#4D4D4D', 'synthetic': '#E69F00', 'both': '#0072B2'}
 GENERATOR_NAMES = {'progressive_gan': 'Progressive GAN', 'stylegan1': 'StyleGAN 1', 'stylegan2': 'StyleGAN 2', 'stylegan3': 'StyleGAN 3', 'diffusion': 'Diffusion'}
-GENERATOR_COLOURS = {'progressive_gan': '#E69F00', 'stylegan1': '#56B4E9', 'stylegan2': '#009E73', 'stylegan3': '#CC79A7', 'diffusion': '#0072B2'}
+GENERATOR_COLOURS = {'progressive_gan': '#E69F00', 'stylegan1': '#56B4E9', 'stylegan2': '#009E73', 'stylegan3': '#990000', 'diffusion': '#264399'}
 SEGMENTER_NAMES = {'unet': 'U-Net', 'swin': 'Swin'}
 DATASET_NAMES = {'brats2020': 'BraTS 2020', 'brats2021': 'BraTS 2021'}
 
+# %% ../nbs/03_plots.ipynb #a8f83674
 def use_style():
-    "Set seaborn's and matplotlib's defaults for all figures of the paper."
+    "Set seaborn's and matplotlib's defaults for all figures of the paper; in a notebook plots become SVG, pictures PNG."
     sns.set_theme(context='paper', style='ticks', font_scale=1.05, rc={
-        'figure.dpi': 100, 'savefig.dpi': 150, 'figure.constrained_layout.use': True,
+        'figure.dpi': 100, 'savefig.dpi': 150, 'figure.constrained_layout.use': True, 'svg.fonttype': 'none', 'svg.hashsalt': 'synthmr', 'font.sans-serif': ['DejaVu Sans'],
         'axes.spines.top': False, 'axes.spines.right': False, 'axes.titlesize': 'medium', 'legend.frameon': False, 'image.cmap': 'gray'})
+    _show_plots_as_svg()
 
-# %% ../nbs/03_plots.ipynb #258592f6
+def figure_format(
+    figure: plt.Figure,
+) -> str:               # 'png' or 'svg'
+    "The format that suits a figure: PNG where it holds pictures, else SVG."
+    return 'png' if any(axis.images for axis in figure.axes) else 'svg'
+
+# %% ../nbs/03_plots.ipynb #52c0b0a1
+def compact(
+    svg: str,
+) -> str:
+    "The same drawing without prolog, white space between elements, and digits beyond a hundredth of a point."
+    def shorter(number): return f'{x:.2f}'.rstrip('0').rstrip('.') if abs(x := float(number[0])) >= 1 else f'{x:.3g}'
+    def tidy(tag): return re.sub(r'\s+', ' ', re.sub(r'-?\d+\.\d+', shorter, tag[0]))
+    return re.sub(r'>\s+<', '><', re.sub(r'<[^>]+>', tidy, svg[svg.index('<svg'):]))
+
+def _show_plots_as_svg():
+    "Tell a notebook's kernel how to show figures; elsewhere nothing happens."
+    shell = sys.modules['IPython'].get_ipython() if 'IPython' in sys.modules else None
+    if shell is None or 'inline' not in plt.get_backend(): return
+    import matplotlib_inline.backend_inline  # noqa: F401  sets its own formats when it is imported, so it comes first
+    from IPython.core.pylabtools import print_figure
+    def svg(figure): return compact(print_figure(figure, 'svg', metadata={'Date': None, 'Creator': None, 'Format': None, 'Type': None})) if figure_format(figure) == 'svg' else None
+    def png(figure): return print_figure(figure, 'png') if figure_format(figure) == 'png' else None
+    for mime, show in (('image/svg+xml', svg), ('image/png', png)): shell.display_formatter.formatters[mime].for_type(plt.Figure, show)
+
+# %% ../nbs/03_plots.ipynb #6d892d83
 def overlay(
     grey: np.ndarray,       # uint8 (..., H, W), one sequence
     classes: np.ndarray,    # class indices 0 to 3, same shape
-    opacity: float=0.6,     # of the colours
+    opacity: float=0.7,     # of the colours
 ) -> np.ndarray:            # float (..., H, W, 3) in [0, 1]
     "A sequence with its annotation laid over it in colour."
     colours = np.array([(0, 0, 0), *(plt.matplotlib.colors.to_rgb(CLASS_COLOURS[c]) for c in CLASSES[1:])])
     weight = np.where(classes[..., None] > 0, opacity, 0)
     return (1 - weight) * grey[..., None] / 255 + weight * colours[classes]
 
-# %% ../nbs/03_plots.ipynb #5ee5965f
+# %% ../nbs/03_plots.ipynb #d6e8d053
+def class_legend(where: plt.Axes|plt.Figure, **kw):
+    "The colours of the classes as a legend."
+    where.legend(handles=[plt.matplotlib.patches.Patch(color=colour, label=name) for name, colour in CLASS_COLOURS.items()], **kw)
+
+def _resolution(
+    pixels: int,    # along a row of pictures
+    inches: float,
+) -> tuple[float, str]: # dots an inch, interpolation
+    "As many dots as pixels, between a screen's and a printer's; where they do not suffice, pixels are averaged."
+    dots = float(np.clip(pixels / inches, 100, 200))
+    return dots, 'nearest' if pixels <= inches * dots else 'antialiased'
+
 def strip(
     images: np.ndarray,     # uint8 (n, 5, H, W)
 ) -> np.ndarray:            # float (n, H, 5 W, 3)
@@ -65,24 +103,22 @@ def montage(
     gap = max(1, wide.shape[1] // 24)
     rows = [np.concatenate([np.pad(w, ((0, gap), (0, gap), (0, 0)), constant_values=0.25) for w in wide[i:i + columns]], axis=1)
             for i in range(0, len(wide) - len(wide) % columns or columns, columns)]
-    picture = np.concatenate(rows)
-    figure, axis = plt.subplots(figsize=(width, 0.45 + width * picture.shape[0] / picture.shape[1]))
-    axis.imshow(picture, vmin=0, vmax=1, interpolation='nearest')
+    picture = np.concatenate(rows)[:-gap, :-gap]
+    shows = annotation_to_classes(images[:, 4]).any()
+    dots, interpolation = _resolution(picture.shape[1], width)
+    figure, axis = plt.subplots(figsize=(width, 0.45 + 0.25 * shows + width * picture.shape[0] / picture.shape[1]), dpi=dots)
+    axis.imshow(picture, vmin=0, vmax=1, interpolation=interpolation)
     size, step = images.shape[-1], wide.shape[2] + gap
     above = [f'{head}\n{channel}' if head and i == 2 else channel for head in (heads or [''] * columns) for i, channel in enumerate([*CHANNELS[:4], 'annotation'])]
-    axis.set_xticks([c * step + (i + 0.5) * size for c in range(columns) for i in range(5)], above, fontsize=7)
-    axis.set_yticks([r * (size + gap) + size / 2 for r in range(len(names))], names, fontsize=8)
-    axis.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
+    axis.set_xticks([c * step + (i + 0.5) * size for c in range(columns) for i in range(5)], above, fontsize=8)
+    axis.set_yticks([r * (size + gap) + size / 2 for r in range(len(names))], names, fontsize=8.5)
+    axis.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, left=False, length=0)
     sns.despine(ax=axis, left=True, bottom=True)
     axis.set_title(title, loc='left')
+    if shows: class_legend(figure, loc='outside lower right', ncols=3, fontsize=8)
     return figure
 
-# %% ../nbs/03_plots.ipynb #d107f343
-def class_legend(axis: plt.Axes, **kw):
-    "The colours of the classes as a legend of `axis`."
-    axis.legend(handles=[plt.matplotlib.patches.Patch(color=colour, label=name) for name, colour in CLASS_COLOURS.items()], **kw)
-
-# %% ../nbs/03_plots.ipynb #3dcc3f42
+# %% ../nbs/03_plots.ipynb #bb0d1148
 def segmentations(
     images: np.ndarray,     # uint8 (n, 5, H, W)
     predicted: np.ndarray|dict[str, np.ndarray], # class indices (n, H, W); of several segmenters by name
@@ -95,277 +131,11 @@ def segmentations(
                 **{name: overlay(images[:, 1], p) for name, p in (predicted if several else {'segmented': predicted}).items()}}
     lines, columns = [*pictures], [*labels, *[''] * (len(images) - len(labels))][:len(images)]
     if several: lines, columns, width = columns, lines, min(width, 1.2 * len(pictures))
-    figure, axes = plt.subplots(len(lines), len(columns), figsize=(width, 0.3 + width * len(lines) / len(columns)), squeeze=False)
+    dots, interpolation = _resolution(images.shape[-1] * len(columns), width)
+    figure, axes = plt.subplots(len(lines), len(columns), figsize=(width, 0.55 + width * len(lines) / len(columns)), squeeze=False, dpi=dots)
     for row, kind in zip(axes.T if several else axes, pictures.values()):
-        for axis, picture in zip(row, kind): axis.imshow(picture, interpolation='nearest'); axis.set(xticks=[], yticks=[]); sns.despine(ax=axis, left=True, bottom=True)
-    for axis, label in zip(axes[:, 0], lines): axis.set_ylabel(label, fontsize=7 if several else 8)
-    for axis, label in zip(axes[0], columns): axis.set_title(label, fontsize=8 if several else 7)
-    return figure
-
-# %% ../nbs/03_plots.ipynb #dd915190
-def curves(
-    log: pd.DataFrame,      # rows of log.jsonl: `kimg` and logged values
-    values: Sequence[str],  # columns to draw, one panel each
-    width: float=9,         # inches
-) -> plt.Figure:
-    "What training logged, against thousands of images seen."
-    figure, axes = plt.subplots(1, len(values), figsize=(width, 2.4), squeeze=False)
-    for axis, value in zip(axes[0], values):
-        rows = log.dropna(subset=[value])
-        axis.plot(rows.kimg, rows[value], color=MIXTURE_COLOURS['both'], marker='.' if len(rows) < 30 else None)
-        axis.set(xlabel='images seen (thousands)', ylabel=value.replace('_', ' '))
-    return figure
-
-# %% ../nbs/03_plots.ipynb #e974f5a6
-def tumour_along_z(
-    slices: pd.DataFrame,   # of a store of subjects: `z` and `tumour`, annotated pixels
-    width: float=6,         # inches
-) -> plt.Figure:
-    "Number of slices kept at each height, and how many of them show tumour."
-    counts = slices.assign(shows=slices.tumour > 0).groupby('z').agg(slices=('z', 'size'), with_tumour=('shows', 'sum'))
-    figure, axis = plt.subplots(figsize=(width, 2.4))
-    axis.fill_between(counts.index, counts.slices, step='mid', color='#D0D0D0', label='kept')
-    axis.fill_between(counts.index, counts.with_tumour, step='mid', color=MIXTURE_COLOURS['synthetic'], label='with tumour')
-    axis.set(xlabel='z (slice)', ylabel='subjects'); axis.legend()
-    return figure
-
-# %% ../nbs/03_plots.ipynb #53cb36e9
-def dice_by_subject(
-    rows: pd.DataFrame, # one row a subject and class: `class`, `dice`, `hausdorff`
-    width: float=7,     # inches
-) -> plt.Figure:
-    "Dice and Hausdorff distance of every subject, by class."
-    figure, axes = plt.subplots(1, 2, figsize=(width, 2.8))
-    for axis, metric, label in zip(axes, ('dice', 'hausdorff'), ('Dice', 'Hausdorff distance (mm)')):
-        sns.stripplot(rows, x='class', y=metric, hue='class', order=list(CLASS_COLOURS), hue_order=list(CLASS_COLOURS), palette=CLASS_COLOURS, legend=False, ax=axis)
-        axis.set(xlabel='', ylabel=label)
-    axes[0].set_ylim(0, 1); axes[1].set_ylim(bottom=0)
-    return figure
-
-# %% ../nbs/03_plots.ipynb #000ace26
-def _training_sets(rows: pd.DataFrame) -> list[str]:
-    "What each row's segmenter learnt from, in words."
-    return ['real only' if m == 'real' else f"{GENERATOR_NAMES.get(g, g)} {'+ real' if m == 'both' else 'only'}" for m, g in zip(rows.mixture, rows.generator)]
-
-def relative_dice(
-    rows: pd.DataFrame,     # one row a training: `mixture`, `generator`, `segmenter`, `augmentation`, `relative_dice`
-    width: float=7,         # inches
-) -> plt.Figure:
-    "Relative Dice of every training, one panel for each segmenter with and without augmentation; dots are trainings, bars their mean."
-    rows = rows.assign(label=_training_sets(rows), mixture=pd.Categorical(rows.mixture, list(MIXTURE_COLOURS))).sort_values('mixture', kind='stable')
-    order, panels = list(dict.fromkeys(rows.label)), list(rows.groupby(['segmenter', 'augmentation'], sort=False))
-    figure, axes = plt.subplots(1, len(panels), figsize=(max(width, 1.6 + 1.85 * len(panels)), 0.9 + 0.28 * len(order)), sharex=True, sharey=True, squeeze=False)
-    for axis, ((segmenter, augmentation), part) in zip(axes[0], panels):
-        sns.stripplot(part, y='label', x='relative_dice', hue='mixture', palette=MIXTURE_COLOURS, order=order, size=6, alpha=0.8, jitter=0.12, ax=axis)
-        for y, name in enumerate(order): axis.vlines(part.relative_dice[part.label == name].mean(), y - 0.3, y + 0.3, color='black', lw=1.5)
-        axis.axvline(1, color='grey', lw=0.8, ls=':')
-        axis.set(ylabel='', xlabel='relative Dice', xlim=(0, np.nanmax([1.1, *(rows.relative_dice * 1.05)])))
-        axis.set_title(f"{SEGMENTER_NAMES.get(segmenter, segmenter)}, {'with' if augmentation else 'no'} augmentation", fontsize=8)
-        axis.get_legend().remove()
-    return figure
-
-# %% ../nbs/03_plots.ipynb #604afc73
-def _panel(key: Sequence) -> str:
-    "Heading of a panel: data set, segmenter, augmentation."
-    dataset, segmenter, augmentation = key
-    return f"{dataset}, {SEGMENTER_NAMES.get(segmenter, segmenter)},\n{'with' if augmentation else 'no'} augmentation"
-
-def relative_dice_intervals(
-    rows: pd.DataFrame,     # one row a setting: `segmenter`, `mixture`, `generator`, `augmentation`, `relative_dice` and its `_low`, `_high`
-    title: str='',
-    width: float=7,         # inches
-) -> plt.Figure:
-    "Relative Dice of every setting with its interval; one panel a segmenter and augmentation."
-    rows = rows.assign(label=_training_sets(rows), mixture=pd.Categorical(rows.mixture, list(MIXTURE_COLOURS))).sort_values('mixture', kind='stable')
-    groups, order = list(rows.groupby(['dataset', 'segmenter', 'augmentation'], sort=False)), list(dict.fromkeys(rows.label))
-    figure, axes = plt.subplots(1, len(groups), figsize=(max(width, 1.6 + 1.85 * len(groups)), 0.9 + 0.26 * len(order)), sharex=True, sharey=True, squeeze=False)
-    for axis, (key, part) in zip(axes[0], groups):
-        y, colours = [order.index(label) for label in part.label], [MIXTURE_COLOURS[m] for m in part.mixture]
-        axis.hlines(y, part.relative_dice_low, part.relative_dice_high, color=colours, lw=2)
-        axis.scatter(part.relative_dice, y, color=colours, s=28, zorder=3)
-        axis.axvline(1, color='grey', lw=0.8, ls=':')
-        axis.set(xlabel='relative Dice', yticks=range(len(order)), yticklabels=order, ylim=(len(order) - 0.5, -0.5), xlim=(0, None))
-        axis.set_title(_panel(key), fontsize=8)
-    if title: figure.suptitle(title, x=0.01, ha='left', fontsize=9)
-    return figure
-
-def rank_stability(
-    rows: pd.DataFrame,     # what `statistics.rank_stability` gives: `dataset`, `segmenter`, `augmentation`, `generator`, `rank_1` to `rank_<G>`
-    columns: int=4,         # panels side by side
-    width: float=9,         # inches
-) -> plt.Figure:
-    "Share of resamples in which each generator takes each place, in per cent."
-    groups, order = list(rows.groupby(['dataset', 'segmenter', 'augmentation'], sort=False)), list(dict.fromkeys(rows.generator))
-    places = [c for c in rows if c.startswith('rank_')]
-    columns = min(columns, len(groups))
-    lines = -(-len(groups) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(max(width * columns / 4, 3.6), lines * (0.75 + 0.27 * len(order))), sharex=True, sharey=True, squeeze=False)
-    for axis in axes.flat[len(groups):]: axis.set_visible(False)
-    for axis, (key, part) in zip(axes.flat, groups):
-        share = 100 * part.set_index('generator')[places].reindex(order)
-        text = np.where(share >= 0.5, share.round().fillna(0).astype(int).astype(str), '')
-        sns.heatmap(share, vmin=0, vmax=100, cmap='Greys', annot=text, fmt='', cbar=False, linewidths=0.5, linecolor='white', annot_kws={'fontsize': 7}, ax=axis)
-        axis.set(xlabel='', ylabel='', xticklabels=[p.removeprefix('rank_') for p in places], yticklabels=[GENERATOR_NAMES.get(g, g) for g in order])
-        axis.tick_params(length=0, labelrotation=0); axis.set_title(_panel(key), fontsize=8)
-    figure.supxlabel('rank (1 = best); % of resamples', fontsize=9)
-    return figure
-
-def fidelity_against_dice(
-    rows: pd.DataFrame,     # one row a setting: `dataset`, `segmenter`, `generator`, `augmentation`, the metric, `dice_mean`
-    metric: str='fid',
-    label: str='FID (lower is better)', # of its axis
-    width: float=8,         # inches
-) -> plt.Figure:
-    "Mean Dice of segmenters trained on synthetic images only against a metric of those images; one panel a data set."
-    groups = list(rows.groupby('dataset', sort=False))
-    figure, axes = plt.subplots(1, len(groups), figsize=(width, 3.4), sharey=True, squeeze=False)
-    shapes = dict(zip(dict.fromkeys(rows.segmenter), 'os^D'))
-    for axis, (dataset, part) in zip(axes[0], groups):
-        for x, dice, segmenter, generator, augmentation in zip(part[metric], part.dice_mean, part.segmenter, part.generator, part.augmentation):
-            colour = GENERATOR_COLOURS.get(generator, 'black')
-            axis.scatter(x, dice, marker=shapes[segmenter], s=42, linewidths=1.4, edgecolors=colour, facecolors=colour if augmentation else 'none')
-        values = part.groupby('generator', sort=False)[metric].first().sort_values()
-        span, below = np.ptp(values) or 1, 0
-        for i, (generator, x) in enumerate(values.items()):
-            below = (below + 1) % 3 if i and x - values.iloc[i - 1] < 0.25 * span else 0     # names of near neighbours stand on different lines
-            axis.annotate(GENERATOR_NAMES.get(generator, generator), (x, 1), xycoords=('data', 'axes fraction'), xytext=(0, 3 + 10 * below), textcoords='offset points',
-                          ha='center', fontsize=7.5, color='#333333')
-            axis.axvline(x, color=GENERATOR_COLOURS.get(generator, 'black'), lw=0.5, alpha=0.5, zorder=0)
-        axis.set(xlabel=label, ylabel='mean Dice, synthetic only' if axis is axes[0, 0] else '', ylim=(0, 1.06 * rows.dice_mean.max())); axis.margins(x=0.12)
-        axis.set_title(dataset, loc='left', pad=36)
-    marks = [plt.Line2D([], [], ls='', marker=s, color='#4D4D4D', mfc='#4D4D4D' if a else 'white', label=f"{SEGMENTER_NAMES.get(n, n)}, {'with' if a else 'no'} augmentation")
-             for n, s in shapes.items() for a in sorted(set(rows.augmentation.astype(bool)), reverse=True)]
-    figure.legend(handles=marks, loc='outside lower center', ncols=4, fontsize=8)
-    return figure
-
-# %% ../nbs/03_plots.ipynb #9ab842b6
-def published_beside(
-    rows: pd.DataFrame,     # what `published.beside_published` gives
-    width: float=7.5,       # inches
-) -> plt.Figure:
-    "Published relative Dice against reproduced; colours are generators, hollow marks hold real images, squares no augmentation, a cross a printed mean that contradicts its classes."
-    rows = rows[rows.mixture != 'real']
-    lines, columns = dict.fromkeys(rows.segmenter), dict.fromkeys(rows.published)
-    figure, axes = plt.subplots(len(lines), len(columns), figsize=(width, 0.6 + 3.1 * len(lines)), sharex=True, sharey=True, squeeze=False)
-    for axis, (segmenter, published) in zip(axes.flat, [(s, p) for s in lines for p in columns]):
-        part = rows[(rows.segmenter == segmenter) & (rows.published == published)]
-        axis.axline((0, 0), slope=1, color='grey', lw=0.8, ls=':')
-        for x, y, generator, mixture, augmentation, doubtful in zip(part.relative_dice_published, part.relative_dice_reproduced, part.generator, part.mixture, part.augmentation, part.doubtful):
-            colour = GENERATOR_COLOURS.get(generator, 'black')
-            axis.scatter(x, y, s=34, marker='o' if augmentation else 's', linewidths=1.4, edgecolors=colour, facecolors=colour if mixture == 'synthetic' else 'none')
-            if doubtful: axis.scatter(x, y, s=26, marker='x', color='black', linewidths=1)
-        axis.set(xlabel=f'relative Dice, published ({DATASET_NAMES.get(published, published)})' if axis in axes[-1] else '', ylabel='relative Dice (ours)' if axis in axes[:, 0] else ''); axis.margins(0.06)
-        axis.set_title(SEGMENTER_NAMES.get(segmenter, segmenter), loc='left')
-    def mark(label, colour='#4D4D4D', marker='o', filled=True, cross=False): return plt.Line2D([], [], ls='', marker='x' if cross else marker, color=colour, mfc=colour if filled else 'white', label=label)
-    marks = [*(mark(GENERATOR_NAMES.get(g, g), GENERATOR_COLOURS.get(g, 'black')) for g in sorted(set(rows.generator), key=list(GENERATOR_NAMES).index)), mark('synthetic only'), mark('with real images', filled=False), mark('no augmentation', marker='s')]
-    if rows.doubtful.any(): marks.append(mark('printed mean contradicts its classes', 'black', cross=True))
-    figure.legend(handles=marks, loc='outside lower center', ncols=5, fontsize=7.5)
-    return figure
-
-# %% ../nbs/03_plots.ipynb #5dee8fdd
-def highest_correlations(
-    rows: pd.DataFrame,     # one row an image: `images` (a generator, or what else it comes from), `correlation`, `too_close`
-    width: float=7,         # inches
-) -> plt.Figure:
-    "Highest correlation of every image with a training image, one line a source; bars are medians, rings are images called too close."
-    groups = list(rows.groupby('images', sort=False))
-    figure, axis = plt.subplots(figsize=(width, 0.7 + 0.38 * len(groups)))
-    for y, (name, part) in enumerate(groups):
-        height = y + 0.56 * (np.arange(len(part)) * 0.6180339887 % 1 - 0.5)       # spread evenly, the same every time
-        axis.scatter(part.correlation, height, s=9, color=GENERATOR_COLOURS.get(name, '#9A9A9A'), alpha=0.6, linewidths=0)
-        close = part.too_close.to_numpy(bool)
-        axis.scatter(part.correlation[close], height[close], s=26, facecolors='none', edgecolors='black', linewidths=0.9)
-        axis.vlines(part.correlation.median(), y - 0.36, y + 0.36, color='black', lw=1.5)
-    axis.set(yticks=range(len(groups)), yticklabels=[GENERATOR_NAMES.get(name, name) for name, _ in groups], ylim=(len(groups) - 0.5, -0.5), xlabel='highest correlation with a training image')
-    return figure
-
-# %% ../nbs/03_plots.ipynb #f165b010
-def ratio_curve(
-    table: pd.DataFrame,    # one row a training: `share`, `total`, `dice_mean`
-    found: pd.DataFrame,    # from `ratio.curve`: `share`, `mean`, `sd`
-    bends: pd.DataFrame,    # from `ratio.knee`: its first row is the knee
-    title: str='',
-    width: float=6,         # inches
-) -> plt.Figure:
-    "Every training as a dot, mean and standard deviation as a line with a band, the knee as a dotted line with its interval."
-    figure, axis = plt.subplots(figsize=(width, 3))
-    first, colour = bends.iloc[0], MIXTURE_COLOURS['both']
-    axis.fill_between(100 * found.share, found['mean'] - found.sd, found['mean'] + found.sd, color=colour, alpha=0.2, lw=0)
-    axis.plot(100 * found.share, found['mean'], marker='o', ms=3.5, color=colour)
-    axis.plot(100 * table.share, table.dice_mean, '.', color='black', ms=3.5, alpha=0.5)
-    if np.isfinite(first.share):
-        axis.axvspan(100 * first.low, 100 * first.high, color='grey', alpha=0.12, lw=0)
-        axis.axvline(100 * first.share, color='grey', ls=':')
-        axis.annotate('knee', (100 * first.share, 0), (3, 3), xycoords=('data', 'axes fraction'), textcoords='offset points', fontsize=8)
-    axis.set(xlabel=f'real images, % of {int(table.total.iloc[0]):,}', ylabel='mean 3D Dice')
-    if title: axis.set_title(title, loc='left')
-    return figure
-
-# %% ../nbs/03_plots.ipynb #12c8ffc7
-def ensemble_sizes(
-    table: pd.DataFrame,    # one row a training: `members`, `first`, `dice_mean`
-    title: str='',
-    width: float=5,         # inches
-) -> plt.Figure:
-    "Every training as a dot, one column a pool of generators; bars are the means of each size."
-    figure, axis = plt.subplots(figsize=(width, 3))
-    sizes = sorted(table.members.unique())
-    for x, k in enumerate(sizes):
-        pools = table[table.members == k].groupby('first').dice_mean
-        for place, (_, values) in zip(np.linspace(-0.3, 0.3, pools.ngroups) if pools.ngroups > 1 else [0.], pools):
-            axis.plot(np.full(len(values), x + place), values, 'o', ms=4, color=MIXTURE_COLOURS['synthetic'], mec='white', mew=0.4)
-        axis.hlines(table.dice_mean[table.members == k].mean(), x - 0.4, x + 0.4, color='black', lw=1.5)
-    axis.set(xticks=range(len(sizes)), xticklabels=sizes, xlabel='generators in the pool', ylabel='mean 3D Dice')
-    if title: axis.set_title(title, loc='left')
-    return figure
-
-# %% ../nbs/03_plots.ipynb #b5e7acb5
-def stand_ins(
-    published: pd.DataFrame,    # one row a setting: `dataset`, `segmenter`, `generator`, `relative_dice`
-    ours: pd.DataFrame,         # also with `relative_dice_low`, `relative_dice_high`; its data set is called `name`
-    name: str='here',
-    width: float=7.5,           # inches
-) -> plt.Figure:
-    "Relative Dice of segmenters that saw synthetic images only: published marks, our values with their intervals."
-    order = [g for g in GENERATOR_NAMES if g in set(ours.generator) | set(published.generator)]
-    shapes, fills = dict(zip(SEGMENTER_NAMES, 'os')), dict(zip(DATASET_NAMES, ('white', '#9A9A9A')))
-    figure, axis = plt.subplots(figsize=(width, 0.9 + 0.62 * len(order)))
-    axis.axvline(1, color='grey', lw=0.8, ls=':')
-    axis.annotate('as good as real images', (1, 1), xycoords=('data', 'axes fraction'), xytext=(-3, 2), textcoords='offset points', fontsize=7.5, color='#555555', ha='right')
-    for y, generator in enumerate(order):
-        for k, segmenter in enumerate(SEGMENTER_NAMES):
-            height = y + (k - 0.5) * 0.36
-            for r in published[(published.generator == generator) & (published.segmenter == segmenter)].itertuples():
-                axis.plot(r.relative_dice, height - 0.08, shapes[segmenter], ms=5, color=fills[r.dataset], mec='#4D4D4D', mew=0.9)
-            for r in ours[(ours.generator == generator) & (ours.segmenter == segmenter)].itertuples():
-                axis.plot([r.relative_dice_low, r.relative_dice_high], [height + 0.08] * 2, color=GENERATOR_COLOURS[generator], lw=2.2, solid_capstyle='butt')
-                axis.plot(r.relative_dice, height + 0.08, shapes[segmenter], ms=6, color=GENERATOR_COLOURS[generator], mec='black', mew=0.6)
-    axis.set(yticks=range(len(order)), yticklabels=[GENERATOR_NAMES[g] for g in order], ylim=(len(order) - 0.4, -0.6), xlim=(0, 1.08), xlabel='relative Dice, synthetic images only, with augmentation')
-    axis.tick_params(axis='y', length=0)
-    def mark(label, shape='o', fill='white', edge='#4D4D4D'): return plt.Line2D([], [], ls='', marker=shape, color=fill, mec=edge, label=label)
-    marks = [*(mark(n, s, '#4D4D4D') for n, s in zip(SEGMENTER_NAMES.values(), shapes.values())), *(mark(f'{DATASET_NAMES[d]}, published', 'D', f) for d, f in fills.items()),
-             plt.Line2D([], [], color='#E69F00', lw=2.2, marker='D', mec='black', label=f'{name}, 95 % interval')]
-    figure.legend(handles=marks, loc='outside lower center', ncols=5, fontsize=7.5)
-    return figure
-
-# %% ../nbs/03_plots.ipynb #bc21b037
-def taken_for_real(
-    rows: pd.DataFrame,     # what `reader_scores.score` gives as `table8`: `reader`, `source`, `taken_for_real`, `low`, `high`, `published` (share, NaN where there is none)
-    title: str='',
-    width: float=6.5,       # inches
-) -> plt.Figure:
-    "Share of each source's images that were called real, one mark a reader, with exact intervals; hollow diamonds are the paper's reader."
-    readers, order = list(dict.fromkeys(rows.reader)), list(dict.fromkeys(rows.source))
-    places = 0.16 * (np.arange(len(readers)) - (len(readers) - 1)/2) * min(1, 4/len(readers))
-    figure, axis = plt.subplots(figsize=(width, 0.9 + 0.42 * len(order)))
-    for (reader, part), place, colour in zip(rows.groupby('reader', sort=False), places, [*sns.color_palette('colorblind', len(readers) - 1), 'black']):
-        y = np.array([order.index(source) for source in part.source]) + place
-        axis.hlines(y, 100*part.low, 100*part.high, color=colour, lw=1.6)
-        axis.scatter(100*part.taken_for_real, y, color=colour, s=22, zorder=3, label=reader)
-    theirs = rows.drop_duplicates('source').dropna(subset='published')
-    if len(theirs): axis.scatter(100*theirs.published, [order.index(s) for s in theirs.source], marker='D', s=34, facecolors='none', edgecolors='#808080', zorder=2, label='published')
-    axis.axhline(0.5, color='grey', lw=0.8, ls=':')     # real images stand above the line
-    axis.set(xlabel='taken for real, % (95 % exact interval)', xlim=(0, 100), yticks=range(len(order)), yticklabels=[GENERATOR_NAMES.get(s, s) for s in order], ylim=(len(order) - 0.5, -0.5))
-    figure.legend(*axis.get_legend_handles_labels(), loc='outside right upper', fontsize=8)
-    if title: axis.set_title(title, loc='left')
+        for axis, picture in zip(row, kind): axis.imshow(picture, interpolation=interpolation); axis.set(xticks=[], yticks=[]); sns.despine(ax=axis, left=True, bottom=True)
+    for axis, label in zip(axes[:, 0], lines): axis.set_ylabel(label, fontsize=8 if several else 9)
+    for axis, label in zip(axes[0], columns): axis.set_title(label, fontsize=9 if several else 8)
+    class_legend(figure, loc='outside lower right', ncols=3, fontsize=8)
     return figure

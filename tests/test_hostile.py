@@ -169,7 +169,7 @@ def header(**fields) -> bytes:
     (gzip.compress(header(dim=[3, 1024, 1024, 256, 1, 1, 1, 1], datatype=64)), 'truncated'),
     (header(dim=[3, 32767, 32767, 32767, 1, 1, 1, 1]), 'absurd header'), (header(dim=[3, -1, 2, 2, 1, 1, 1, 1]), 'absurd header'), (header(dim=[0, 2, 2, 2, 1, 1, 1, 1]), '0 axes'), (header(dim=[-3, 2, 2, 2, 1, 1, 1, 1]), 'axes'),
     (header(vox_offset=np.nan), 'start at byte'), (header(vox_offset=1e30), 'start at byte'), (header(datatype=2304), 'unsupported data type'), (header(scl_slope=np.inf), 'slope inf'), (header(pixdim=[1, 0, 1, 1, 1, 1, 1, 1]), 'voxels of'),
-    (gzip.compress(header() + bytes(8) + bytes(500_000_000)), 'holds more'), (gzip.compress(gzip.compress(bytes(10))), 'not a NIfTI file'), (b'\x1f\x8b' + bytes(100), 'gzip')])
+    (gzip.compress(header() + bytes(8) + bytes(500_000_000)), 'holds more'), (gzip.compress(gzip.compress(bytes(10))), 'not a NIfTI file'), (b'\x1f\x8b' + bytes(100), 'gzip')], ids=lambda v: v if isinstance(v, str) else f'{len(v)} bytes')
 def test_headers_that_lie(tmp_path, content, words):
     file = tmp_path/'lie.nii.gz'
     file.write_bytes(content)

@@ -70,7 +70,7 @@ def test_from_parameters_to_the_page(place, study):
     environment = {k: v for k, v in os.environ.items() if k != 'SYNTHMR_HOME'}
     done = subprocess.run([Path(sys.executable).with_name('synthmr'), 'study', 'study.yaml'], cwd=place, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert 'SIMULATED' in done.stdout and 'data:image/png;base64' in Path(done.stdout.strip().splitlines()[-1]).read_text()
+    assert 'SIMULATED' in done.stdout and 'data-mime-type="image/svg+xml"' in Path(done.stdout.strip().splitlines()[-1]).read_text()
     table = pd.read_csv(next((place/'results'/'tiny').glob(f"{study['study']}-*.csv")))
     if study is RATIO: assert table.share.tolist() == [0, 0.5, 1] and table.total.eq(40).all()
     else: assert list(zip(table.members, table['first'])) == [(1, 0), (1, 1), (2, 0)]

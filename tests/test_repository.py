@@ -13,6 +13,7 @@ import pytest
 
 from synthmr.generators.families import FAMILIES
 from synthmr.params import load
+from synthmr.privacy.gate import Audit
 from synthmr.segmenters.training import FAMILIES as SEGMENTERS
 from synthmr.studies.ensemble import EnsembleStudy
 from synthmr.studies.evaluation import EvaluationRun
@@ -23,7 +24,7 @@ from synthmr.studies.study import Study
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
-TEMPLATES = {run.report: run for run in (DataRun, GeneratorRun, PooledRun, EvaluationRun, Study, RatioStudy, EnsembleStudy)}   # the segmenter's report takes a pool, too
+TEMPLATES = {run.report: run for run in (DataRun, GeneratorRun, PooledRun, EvaluationRun, Study, RatioStudy, EnsembleStudy, Audit)}   # the segmenter's report takes a pool, too
 KINDS = {'data': DataRun, **dict.fromkeys(FAMILIES, GeneratorRun), **dict.fromkeys(SEGMENTERS, SegmenterRun), 'study': Study, 'ratio': RatioStudy, 'ensemble': EnsembleStudy}
 
 def cells(path: Path) -> list[dict]:

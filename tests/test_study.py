@@ -56,7 +56,7 @@ def test_every_report_has_figures_rows_and_parameters(place, done):
     for report in reports:
         cells = json.loads(report.read_text())['cells']
         outputs = [o for c in cells for o in c.get('outputs', [])]
-        assert any('image/png' in o.get('data', {}) for o in outputs) and not any(o['output_type'] == 'error' for o in outputs)
+        assert any({'image/png', 'image/svg+xml'} & set(o.get('data', {})) for o in outputs) and not any(o['output_type'] == 'error' for o in outputs)
         assert len(pd.read_csv(report.with_suffix('.csv'))) > 0 and yaml.safe_load(report.with_suffix('.yaml').read_text())
 
 def test_rows_know_their_run(place, done):

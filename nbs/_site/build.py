@@ -19,7 +19,7 @@ from sphinx.cmd.build import build_main
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-CHAPTERS = {'': 'Foundations', 'data': 'Data', 'generators': 'Generators', 'segmenters': 'Segmenters', 'metrics': 'Metrics', 'privacy': 'Privacy', 'ventricles': 'Ventricles', 'studies': 'Studies'}
+CHAPTERS = {'': 'Foundations', 'data': 'Data', 'generators': 'Generators', 'segmenters': 'Segmenters', 'metrics': 'Metrics', 'studies': 'Studies', 'privacy': 'Privacy', 'ventricles': 'Ventricles'}
 
 def toctree(
     caption: str,       # heading in the side bar

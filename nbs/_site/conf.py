@@ -24,6 +24,7 @@ add_module_names = False
 python_use_unqualified_type_names = True
 nb_execution_mode = 'off'       # what the notebooks hold was executed and is shown as it is
 nb_merge_streams = True
+nb_mime_priority_overrides = [('html', 'application/vnd.jupyter.widget-view+json', None)]  # a widget is dead on a page; its picture is not
 nb_output_stderr = 'remove'     # progress bars
 nb_render_markdown_format = 'myst'
 nb_code_prompt_show = nb_code_prompt_hide = 'code'

@@ -1,4 +1,4 @@
-"Make executed reports small enough for git: progress bars go, pictures get 256 colours. `make keep` after a study whose results are to be committed."
+"Make executed reports small enough for git: progress bars and dead widgets go, pictures get 256 colours. `make keep` after a study whose results are to be committed."
 import base64
 import io
 import os
@@ -15,9 +15,19 @@ def small(picture: str) -> str:
     image.convert('RGB').quantize(256).save(out, 'PNG', optimize=True)
     return min(base64.b64encode(out.getvalue()).decode(), picture, key=len)
 
+def without_widgets(notebook: nbformat.NotebookNode):
+    "Take out the widgets, which no browser can bring back to life; a picture beside one stays."
+    view = 'application/vnd.jupyter.widget-view+json'
+    notebook.metadata.pop('widgets', None)
+    for cell in notebook.cells:
+        if cell.cell_type != 'code': continue
+        cell.outputs = [o for o in cell.outputs if view not in o.get('data', {}) or set(o.data) - {view, 'text/plain'}]
+        for output in cell.outputs: output.get('data', {}).pop(view, None)
+
 def keep(path: Path) -> int:
     "Shrink one notebook; it keeps its age, since Snakemake goes by it. Returns the bytes saved."
     before, notebook = path.stat(), nbformat.read(path, as_version=4)
+    without_widgets(notebook)
     for cell in notebook.cells:
         if cell.cell_type != 'code': continue
         cell.outputs = [o for o in cell.outputs if o.get('name') != 'stderr']

@@ -58,13 +58,13 @@ class Pages:
         nb = NBProcessor(nb=executed or read_nb(notebook), procs=PROCESSORS)
         nb.process()
         page = self.source/page
+        if fold: nb.nb.cells = folded(nb.nb.cells)
         markdown = [c for c in nb.nb.cells if c.cell_type == 'markdown']
         if head:
             title, _, rest = ''.join(markdown[0].source).partition('\n')
             markdown[0].source = f'{title}\n\n{head}\n{rest}'
         for cell in nb.nb.cells:
             if cell.cell_type == 'markdown': cell.source = self.prose(''.join(cell.source), notebook.parent, page)
-            elif fold: cell.metadata['tags'] = [*cell.metadata.get('tags', []), 'hide-input']
             for output in cell.get('outputs', []):
                 data = output.get('data', {})
                 data.pop('application/vnd.jupyter.widget-view+json', None)      # nothing drives it here
@@ -77,6 +77,17 @@ class Pages:
         "A page that no notebook stands behind."
         (self.source/page).parent.mkdir(parents=True, exist_ok=True)
         (self.source/page).write_text(markdown, encoding='utf-8')
+
+def folded(cells: list) -> list:
+    "Code folded away, cells that show nothing together with the next one."
+    out, silent = [], []
+    for i, cell in enumerate(cells):
+        if cell.cell_type == 'code':
+            silent.append(''.join(cell.source))
+            if not cell.get('outputs') and i + 1 < len(cells) and cells[i + 1].cell_type == 'code': continue
+            cell.source, cell.metadata, silent = '\n\n'.join(silent), {'tags': ['hide-input']}, []
+        out.append(cell)
+    return out
 
 def execute(
     notebooks: list[Path],

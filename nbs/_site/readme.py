@@ -7,7 +7,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from synthmr import plots
+from synthmr import figures, plots
 from synthmr.studies.comparison import relative
 from synthmr.studies.findings import Findings, alone, answer_table, shown
 from synthmr.studies.published import published_summary
@@ -34,7 +34,7 @@ def draw(found: Findings) -> Path:
     printed = relative(published_summary())
     plots.use_style()
     with plt.rc_context({'svg.hashsalt': 'synthmr', 'svg.fonttype': 'none'}):
-        figure = plots.stand_ins(printed[(printed.mixture == 'synthetic') & printed.augmentation.astype(bool)], alone(found), 'here, SIMULATED' if found.simulated else 'here')
+        figure = figures.stand_ins(printed[(printed.mixture == 'synthetic') & printed.augmentation.astype(bool)], alone(found), 'here, SIMULATED' if found.simulated else 'here')
         figure.savefig(path := found.folder/'answer.svg', metadata={'Date': None}, facecolor='white')
     return path
 

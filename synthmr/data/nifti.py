@@ -131,16 +131,17 @@ class Header:
     @property
     def nbytes(self) -> int: return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
-# %% ../../nbs/data/10_nifti.ipynb #3d47bf88
+# %% ../../nbs/data/10_nifti.ipynb #fb336a8c
 _TYPES = {2: 'u1', 4: 'i2', 8: 'i4', 16: 'f4', 64: 'f8', 256: 'i1', 512: 'u2', 768: 'u4', 1024: 'i8', 1280: 'u8'} # by NIfTI code
 _LARGEST = 1024, 1 << 28 # voxels along an axis, voxels in all
 
 def _shape(dim: np.ndarray, say) -> tuple[int, int, int]:
-    "Shape from the header's `dim`; trailing axes of one voxel are no axes."
+    "Shape from the header's `dim`; trailing axes of one voxel are no axes, an image of two axes is a volume of one slice."
     n, *axes = (int(d) for d in dim)
     if not 1 <= n <= 7: raise say(f'damaged header: {n} axes')
     shape = axes[:n]
     while len(shape) > 3 and shape[-1] == 1: shape.pop()
+    if len(shape) == 2: shape.append(1)
     if len(shape) != 3: raise say(f"{' x '.join(map(str, shape))} voxels; a volume has three axes")
     if min(shape) < 1 or max(shape) > _LARGEST[0] or np.prod(shape, dtype=np.int64) > _LARGEST[1]:
         raise say(f"absurd header: {' x '.join(map(str, shape))} voxels; at most {_LARGEST[0]} along an axis and {_LARGEST[1]:,} in all")

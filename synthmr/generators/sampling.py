@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['numbered_noise', 'sample_store']
 
-# %% ../../nbs/generators/00_sampling.ipynb #928b30a8
+# %% ../../nbs/generators/00_sampling.ipynb #703f5ebf
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ..params import identity
 from ..slices import SliceStore, StoreError, StoreWriter, _plain, to_uint8

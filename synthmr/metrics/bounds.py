@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Summary', 'summarise', 'nearest_bounded', 'plan']
 
-# %% ../../nbs/metrics/21_bounds.ipynb #2cffcda0
+# %% ../../nbs/metrics/21_bounds.ipynb #7570f1e6
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from torch.nn.functional import avg_pool2d
 from tqdm import tqdm
 
-from .nearest import VIEWS, Images, Sums, Transformation, _Best, _check, _compete, _Source, _sums, _table, _transformed
+from .nearest import VIEWS, Comparable, Images, Sums, Transformation, _apart, _Best, _check, _compete, _Source, _sums, _table, _transformed
 
 # %% ../../nbs/metrics/21_bounds.ipynb #bbeb16f2
 class Summary(NamedTuple):
@@ -78,7 +78,7 @@ def _bounds(f_x: tuple, f_y: tuple) -> torch.Tensor: # float32 (b, q)
     bound = (y @ x.T).float().add_(mistake * 1.1)
     return bound.add_(e_y[:, None] * (1 + e_x.nan_to_num(posinf=0).max())).add_(e_x).masked_fill_(~finite, -torch.inf)
 
-# %% ../../nbs/metrics/21_bounds.ipynb #eb4be59c
+# %% ../../nbs/metrics/21_bounds.ipynb #79e7c425
 def _thumbnails(means: np.ndarray, side: int=8) -> np.ndarray: # float32 (n, C, side^2)
     "Means of the squares of an image, averaged further."
     n, c, h, w = means.shape
@@ -94,14 +94,15 @@ def _axis(thumbnails: np.ndarray) -> np.ndarray: # (k,)
     sample = thumbnails[::-(-len(thumbnails) // 2000)]
     return np.linalg.eigh(np.cov(sample.T))[1][:, -1].astype(np.float32)
 
-def _guess(best: _Best, x: torch.Tensor, sums_x: Sums, small_x: np.ndarray, training: _Source, summary: Summary, small_y: np.ndarray, views: dict):
+def _guess(best: _Best, x: torch.Tensor, sums_x: Sums, small_x: np.ndarray, training: _Source, summary: Summary, small_y: np.ndarray, views: dict, apart: np.ndarray|None):
     "Exact correlations with the training image whose thumbnail is most similar, for each query and view."
-    guess = np.stack([(_standardised(small_y[:, v].reshape(len(small_y), -1)) @ _standardised(small_x[:, v].reshape(len(small_x), -1)).T).argmax(axis=0) for v in map(list, views.values())])
+    alike = (_standardised(small_y[:, v].reshape(len(small_y), -1)) @ _standardised(small_x[:, v].reshape(len(small_x), -1)).T for v in map(list, views.values()))
+    guess = np.stack([(a if apart is None else np.where(apart, -np.inf, a)).argmax(axis=0) for a in alike])
     for j in np.unique(guess):
         i, row = np.flatnonzero((guess == j).any(axis=0)), np.array([j])
-        _compete(best, i, x[i].flatten(2).permute(1, 2, 0), Sums(*(s[i] for s in sums_x)), row, training.read(row).flatten(2), Sums(*(s[row] for s in summary.sums)), views)
+        _compete(best, i, x[i].flatten(2).permute(1, 2, 0), Sums(*(s[i] for s in sums_x)), row, training.read(row).flatten(2), Sums(*(s[row] for s in summary.sums)), views, None if apart is None else apart[row][:, i])
 
-# %% ../../nbs/metrics/21_bounds.ipynb #5ed26bba
+# %% ../../nbs/metrics/21_bounds.ipynb #9303d5c3
 def nearest_bounded(
     queries: Images,        # uint8 (n, C, H, W)
     training: Images,       # uint8 (N, C, H, W), such as a store's memory map
@@ -111,6 +112,7 @@ def nearest_bounded(
     at_least: float=-1,     # lowest correlation that matters; below it there is no nearest
     precision: Literal['bf16', 'fp32']='bf16', # of the bounds; the result is the same
     memory: float=2**30,    # bytes that may be held at a time, besides the summary
+    comparable: Comparable|None=None, # which pairs count; None: all
     progress: bool=True,    # show a progress bar
 ) -> pd.DataFrame:          # as from `nearest`; `attrs` holds `pairs` and how many of them were multiplied, `exact`
     "What `nearest` finds, and nothing that is below `at_least`; most pairs are never multiplied."
@@ -128,12 +130,13 @@ def nearest_bounded(
             of_x = Summary(*_summary(x, summary.size), _sums(x), summary.size)
             small_x, best = _thumbnails(of_x.means), _Best(len(views), len(x))
             by_likeness = np.argsort(_standardised(small_x.reshape(len(x), -1)) @ axis, kind='stable')
-            _guess(best, x, of_x.sums, small_x, training, summary, small_y, views)
+            numbers = np.arange(first, first + len(x) // len(ways))
+            _guess(best, x, of_x.sums, small_x, training, summary, small_y, views, _apart(comparable, numbers, np.arange(len(training)), len(ways)))
             buffers = training.buffer(block), torch.empty((block, *x.shape[1:]), dtype=torch.int8), torch.empty((_TOGETHER, *x.shape[1:]), dtype=torch.int8)
             features = [_features(of_x, slice(None), view, precision) for view in views.values()]
             for start in range(0, len(order), block):
                 rows = np.sort(order[start:start + block])
-                exact += _block(best, x, of_x.sums, features, by_likeness, training, summary, rows, views, at_least, precision, buffers)
+                exact += _block(best, x, of_x.sums, features, by_likeness, training, summary, rows, views, at_least, precision, buffers, _apart(comparable, numbers, rows, len(ways)))
                 bar.update(len(rows))
             missed = best.value < at_least
             best.value[missed], best.who[missed] = -np.inf, -1
@@ -144,14 +147,15 @@ def nearest_bounded(
 
 _TOGETHER = 16  # queries multiplied with a training image at a time
 
-def _block(best: _Best, x: torch.Tensor, sums_x: Sums, features: list, by_likeness: np.ndarray, training: _Source, summary: Summary, rows: np.ndarray, views: dict, at_least: float, precision: str, buffers: tuple) -> int:
+def _block(best: _Best, x: torch.Tensor, sums_x: Sums, features: list, by_likeness: np.ndarray, training: _Source, summary: Summary, rows: np.ndarray, views: dict, at_least: float, precision: str, buffers: tuple, apart: np.ndarray|None) -> int:
     "Let a block of training images compete where their bounds allow it; how many pairs were multiplied."
     could = np.zeros((len(rows), len(x)), bool)
     for v, view in enumerate(views.values()):
         could |= (_bounds(features[v], _features(summary, rows, view, precision)) >= torch.from_numpy(np.maximum(best.value[v], at_least).astype(np.float32)) - 1e-6).numpy()
+    if apart is not None: could &= ~apart
     wanted = could.any(axis=1)
     if not wanted.any(): return 0
-    rows, could, multiplied = rows[wanted], could[wanted], 0
+    rows, could, apart, multiplied = rows[wanted], could[wanted], apart if apart is None else apart[wanted], 0
     y = training.read(rows, buffers[0])
     for i in range(0, len(x), _TOGETHER):
         q = by_likeness[i:i + _TOGETHER]
@@ -159,7 +163,7 @@ def _block(best: _Best, x: torch.Tensor, sums_x: Sums, features: list, by_likene
         j = np.flatnonzero(could[:, q].any(axis=1))
         if not len(j): continue
         part_y, part_x = (torch.index_select(a, 0, torch.from_numpy(which), out=out[:len(which)]).flatten(2) for a, which, out in ((y, j, buffers[1]), (x, q, buffers[2])))
-        _compete(best, q, part_x.permute(1, 2, 0), Sums(*(s[q] for s in sums_x)), rows[j], part_y, Sums(*(s[rows[j]] for s in summary.sums)), views)
+        _compete(best, q, part_x.permute(1, 2, 0), Sums(*(s[q] for s in sums_x)), rows[j], part_y, Sums(*(s[rows[j]] for s in summary.sums)), views, None if apart is None else apart[np.ix_(j, q)])
         multiplied += len(q) * len(j)
     return multiplied
 

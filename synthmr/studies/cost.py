@@ -34,7 +34,7 @@ from .study import Grid, all_runs, lost
 from .timing import evaluation_rates, generator_rates, report_rates, segmenter_rates, subject_rates
 from ..training import find_device
 
-# %% ../../nbs/studies/25_cost.ipynb #a00d7159
+# %% ../../nbs/studies/25_cost.ipynb #8c2e84e8
 class CostError(RuntimeError):
     "A cost that cannot be told: one line that says what is missing."
 
@@ -62,7 +62,7 @@ def measurements(
     found = {'report': Measurement(report_rates, (), 1), 'subject': Measurement(subject_rates, (study.data,), 1)} if runs else {}
     for run in runs:
         name, threads = measurement_name(run), study.request(run)['threads']
-        if isinstance(run, GeneratorRun): found[name] = Measurement(generator_rates, (run.generator, size), threads)
+        if isinstance(run, GeneratorRun) and run.trained: found[name] = Measurement(generator_rates, (run.generator, size), threads)
         if isinstance(run, SegmenterRun): found[name] = Measurement(segmenter_rates, (run.segmenter, size, run.augmentation), threads)
         if isinstance(run, EvaluationRun): found[name] = Measurement(evaluation_rates, (run.evaluation, run.segmenter.segmenter, size), threads)
     return found
@@ -106,10 +106,10 @@ def data_sizes(
     else: train, source = slices, 'training slices as given'
     return Sizes(train, round(train / train_subjects * test_subjects), train_subjects, test_subjects, source)
 
-# %% ../../nbs/studies/25_cost.ipynb #da643ce5
+# %% ../../nbs/studies/25_cost.ipynb #d47bfec9
 def _sources(run: SegmenterRun, sizes: Sizes) -> tuple[list[int], list[int]]:
     "Images for training and for validation, of each source."
-    painted = run.generator.images if run.generator else 0
+    painted = run.generator.painted if run.generator else 0
     of = {'real': [sizes.train], 'synthetic': [painted], 'both': [sizes.train, painted]}[run.mixture]
     if run.pooled:
         n, parts = shares_of(run.total, run.share, sizes.train, run.members)
@@ -130,7 +130,7 @@ def run_seconds(
         many, cores = sizes.train_subjects + sizes.test_subjects, os.cpu_count() or 1
         def workers(params): return max(1, min(params.workers, cores))
         return start + many * (rate['prepare'] / workers(run) + (rate['simulate'] / workers(run.simulated) if run.simulated else 0))
-    if isinstance(run, GeneratorRun): return start + rate['training'] + run.images * rate['sampling']
+    if isinstance(run, GeneratorRun): return start + (rate['training'] + run.images * rate['sampling'] if run.trained else 0)
     if isinstance(run, SegmenterRun):
         left, aside = _sources(run, sizes)
         timed = training_length(run.segmenter, left)[0]
@@ -138,14 +138,14 @@ def run_seconds(
         return (start + 1000 * timed.training.kimg * rate['training'] + validations * sum(aside) * rate['validation']
                 + sizes.test * rate['segment'] + sizes.test_subjects * rates['subject']['evaluate'])
     if isinstance(run, EvaluationRun):
-        images, judge = run.generator.images, rates.get(measurement_name(run.segmenter), {})
+        images, judge = run.generator.painted, rates.get(measurement_name(run.segmenter), {})
         seen = [(sizes.train if p.reference == 'train' else sizes.test) + images + sizes.test for p in run.evaluation.fidelity]
         consistency = (images + sizes.test) * judge.get('segment', max(rate['features'], default=0.))
         copies = (run.evaluation.copies_among + sizes.test) * sizes.train * rate['pair']
         return start + sum(n * t for n, t in zip(seen, rate['features'])) + 2 * sum(rate['compare']) + consistency + copies
     return start
 
-# %% ../../nbs/studies/25_cost.ipynb #7a7e8571
+# %% ../../nbs/studies/25_cost.ipynb #d8721a4a
 def store_bytes(
     slices: int,
     resolution: int,
@@ -161,7 +161,7 @@ def run_bytes(
     "What a run leaves on the disk."
     rate = rates.get(measurement_name(run), {})
     if isinstance(run, DataRun): return store_bytes(sizes.train + sizes.test, run.resolution) + bool(run.simulated) * (sizes.train_subjects + sizes.test_subjects) * rate['nifti']
-    if isinstance(run, GeneratorRun): return store_bytes(run.images, run.data.resolution) + rate.get('weights', math.nan)
+    if isinstance(run, GeneratorRun): return store_bytes(run.images, run.data.resolution) + rate.get('weights', math.nan) if run.trained else 0.
     return rate.get('weights', math.nan) if isinstance(run, SegmenterRun) else 0.
 
 # %% ../../nbs/studies/25_cost.ipynb #2fb023b3
@@ -174,14 +174,14 @@ def longest_chain(
     for run in all_runs(study): ends[run.name] = np.nansum([seconds.get(run.name, 0.)]) + max((ends[r.name] for r in run.needs), default=0.)
     return float(max(ends.values()))
 
-# %% ../../nbs/studies/25_cost.ipynb #5d9190df
+# %% ../../nbs/studies/25_cost.ipynb #e803bbb4
 _ORDER = ['prepare', 'generator', 'segmenter', 'evaluation']
 
 def run_kind(
     run: Run,
 ) -> str:
     "What a row of the plan calls a run."
-    if isinstance(run, GeneratorRun): return f'generator: {GENERATOR_NAMES[run.label]}'
+    if isinstance(run, GeneratorRun): return f'generator: {GENERATOR_NAMES.get(run.label, run.label)}'
     if isinstance(run, SegmenterRun):
         of = 'pool' if run.pooled else {'real': 'real', 'synthetic': 'synthetic', 'both': 'real + synthetic'}[run.mixture]
         return f'segmenter: {SEGMENTER_NAMES[run.segmenter.kind]}, {of}'
@@ -193,6 +193,7 @@ def _measured(run: Run, rates: dict[str, dict]) -> str:
     if 'failed' in rate: return f"not: {rate['failed']}"
     if isinstance(run, DataRun): return f"one subject, {rate['subject']}" + ('' if run.simulated or Path(run.nifti).is_dir() else ' (simulated, the data are not here)')
     batch = f"steps of {rate['measured']}" + (f" (not {rate['part']})" if rate['measured'] != rate['part'] else '') + ' images' if 'measured' in rate else ''
+    if isinstance(run, GeneratorRun) and not run.trained: return 'nothing to do: its images are there'
     if isinstance(run, GeneratorRun): return f"{batch}; {rate['sampled']} sampled" + (f" by {rate['few']} of {rate['steps']} steps" if rate['few'] != rate['steps'] else '')
     if isinstance(run, SegmenterRun): return batch
     return 'a few images and small matrices, extrapolated' if isinstance(run, EvaluationRun) else 'an empty report; its statistics do not count'

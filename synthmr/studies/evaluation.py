@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EvaluationParams', 'EvaluationRun', 'extractors', 'make_evaluation']
 
-# %% ../../nbs/studies/18_evaluation.ipynb #98b9f642
+# %% ../../nbs/studies/18_evaluation.ipynb #e5a67108
 from typing import ClassVar
 
 import pandas as pd

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['Scores', 'score', 'scores_text', 'write_scores']
 
-# %% ../../nbs/studies/72_reader_report.ipynb #27f4211b
+# %% ../../nbs/studies/72_reader_report.ipynb #8acbefba
 from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
 
-from .. import plots
+from .. import figures, plots
 from ..files import write_whole
 from ..provenance import save_rows
 from .published import printed
@@ -41,7 +41,7 @@ def score(
     seconds.insert(2, 'images', len(key['images']))
     return Scores(table8(r).merge(theirs, 'left', 'source'), detection(r).assign(published=lambda t: t.measure.map(measured)), agreement(r), seconds)
 
-# %% ../../nbs/studies/72_reader_report.ipynb #2b34f8d6
+# %% ../../nbs/studies/72_reader_report.ipynb #3563d013
 def _markdown(table: pd.DataFrame) -> str:
     "A table in Markdown, numbers at the right."
     lines = [list(table.columns), ['---' if i == 0 else '--:' for i in range(table.shape[1])], *table.values.tolist()]
@@ -93,6 +93,6 @@ def write_scores(
     files = [folder/f'{name}.csv' for name, table in scores._asdict().items() if len(table)]
     for file in files: save_rows(getattr(scores, file.stem), file, **facts)
     write_whole(folder/'reader_study.md', scores_text(scores, key['simulated']).encode())
-    figure = plots.taken_for_real(scores.table8, 'SIMULATED patients' if key['simulated'] else '')
-    figure.savefig(folder/'taken_for_real.png'); plots.plt.close(figure)
+    figure = figures.taken_for_real(scores.table8, 'SIMULATED patients' if key['simulated'] else '')
+    figure.savefig(folder/'taken_for_real.png'); figures.plt.close(figure)
     return [*files, folder/'reader_study.md', folder/'taken_for_real.png']

@@ -34,7 +34,7 @@ def the_row(
     if not file.with_suffix('.yaml').is_file(): raise ParamsError(f"{file.with_suffix('.yaml')}: no such file; it holds the parameters")
     return file, rows
 
-# %% ../../nbs/studies/60_reproduce.ipynb #c7db69cb
+# %% ../../nbs/studies/60_reproduce.ipynb #a5ce9583
 AGAIN = '''
 import importlib, os, re, subprocess, sys
 from pathlib import Path
@@ -49,7 +49,7 @@ for kind in ('runs.DataRun', 'runs.GeneratorRun', 'runs.SegmenterRun', 'pools.Po
 else: sys.exit(f'{parameters}: no kind of run of this commit is called {name} with these parameters')
 for each in all_runs(run):
     print(f'{each.report}: {each.name}', flush=True)
-    for path in [Path(p) for p in (getattr(each, 'nifti', None), getattr(each, 'split', None)) if p and not Path(p).exists() and (Path(origin)/p).exists()]:
+    for path in [Path(p) for p in (getattr(each, 'nifti', None), getattr(each, 'split', None), getattr(getattr(each, 'generator', None), 'store', None)) if p and not Path(p).exists() and (Path(origin)/p).exists()]:
         path.parent.mkdir(parents=True, exist_ok=True); path.symlink_to(Path(origin)/path)      # data lie where the study was carried out
     table = Path(parameters).with_name(f'{each.name}.csv')
     threads = re.search(r'(\\d+) threads', table.read_text() if table.is_file() else '')     # sums depend on them

@@ -6,7 +6,7 @@
 __all__ = ['LONGEST', 'PUBLISHED_TRAINING', 'Resources', 'training_resources', 'Run', 'DataRun', 'make_data', 'GeneratorRun',
            'generator_sources', 'train_generator', 'make_generator', 'SegmenterRun', 'make_segmenter', 'save_result']
 
-# %% ../../nbs/studies/00_runs.ipynb #ea796c0a
+# %% ../../nbs/studies/00_runs.ipynb #c8b55676
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import ClassVar, Literal
 import pandas as pd
 from pydantic import Field, model_validator
 
+from ..data.imported import open_images
 from ..data.prepare import PrepareParams, prepare
 from ..data.simulated import SimulatedParams, simulate_cohort
 from ..generators.diffusion import DiffusionParams
@@ -119,13 +120,17 @@ class GeneratorRun(Run):
     batch_size: int = runtime(64, ge=1)             # when sampling
 
     @property
-    def label(self) -> str: return family_of(self.generator).kind
+    def trained(self) -> bool: return self.generator.kind != 'images'     # else its images are there
+    @property
+    def label(self) -> str: return family_of(self.generator).kind if self.trained else self.generator.name
     @property
     def needs(self) -> list[Run]: return [self.data]
     @property
-    def samples(self) -> Path: return self.folder/'samples'
+    def samples(self) -> Path: return self.folder/'samples' if self.trained else Path(self.generator.store)
     @property
-    def asks(self) -> Resources: return training_resources(self.generator.training, self.data.resolution, *PUBLISHED_TRAINING[self.label])
+    def painted(self) -> int: return self.images if self.trained else self.generator.images
+    @property
+    def asks(self) -> Resources: return Resources() if not self.trained else training_resources(self.generator.training, self.data.resolution, *PUBLISHED_TRAINING[self.label])
     @property
     def facts(self) -> dict: return {**super().facts, 'generator': self.label, 'seed': self.seed}
 
@@ -141,6 +146,7 @@ def train_generator(
     run: GeneratorRun,
 ) -> Generator:     # with the weights that are kept
     "Train a generator, or load what was trained; where `training.processes` says so, in several processes."
+    if not run.trained: raise TrainingError(f'{run.label}: its images are there, in {run.samples}; there is nothing to train')
     store, training = SliceStore.open(run.data.folder), run.generator.training
     if run.generator.kind == 'imported': return _imported(run, store.meta['resolution'])
     generator = build_generator(run.generator, store.meta['resolution'], run.seed)
@@ -164,9 +170,14 @@ def _in_processes(run: GeneratorRun):
 
 def make_generator(
     run: GeneratorRun,
-) -> tuple[Generator, SliceStore]: # the trained generator, the synthetic slices
+) -> tuple[Generator|None, SliceStore]: # the trained generator, None where images are there; the synthetic slices
     "Train, or load what was trained, and sample what is not sampled yet."
-    generator, real = train_generator(run), SliceStore.open(run.data.folder).meta
+    real = SliceStore.open(run.data.folder).meta
+    if not run.trained:
+        store = open_images(run.generator, real['resolution'])
+        run.folder.mkdir(parents=True, exist_ok=True)
+        return None, store
+    generator = train_generator(run)
     meta = {key: real[key] for key in ('resolution', 'spacing', 'simulated')} | {'generator': run, 'generator_name': run.name}
     return generator, sample_store(generator, run.samples, run.images, run.seed, meta, batch_size=run.batch_size)
 

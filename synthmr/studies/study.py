@@ -87,7 +87,7 @@ class Grid(Run):
         "What a person wants to see when the study has ended."
         raise NotImplementedError
 
-# %% ../../nbs/studies/20_study.ipynb #5de827d3
+# %% ../../nbs/studies/20_study.ipynb #a076b0c8
 class Study(Grid):
     "Everything that is compared on one data set."
     report: ClassVar[str] = 'comparison'
@@ -108,6 +108,8 @@ class Study(Grid):
 
     @model_validator(mode='after')
     def _fits(self):
+        names = [g.label for g in self.generators]
+        if twice := next((n for n in names if names.count(n) > 1), None): raise ValueError(f'generators: {twice} stands twice; rows of two could not be told apart')
         if 'real' not in self.mixtures or True not in self.augmentation: raise ValueError('relative Dice needs the mixture real, with augmentation')
         return self
 
