@@ -139,7 +139,7 @@ FILES = {   # name: content, a word of the answer
     'deep nesting within the limit': (program(b')', b'\x85' * 1_500_000), 'holds none of the generators'),
     'deep lists': (program(b']' * 800_000, b'a' * 799_999), 'holds none of the generators'),
     'a billion laughs': (program(laughs), 'holds none of the generators'),
-    'a billion laughs of modules': (unfolding(), 'more than 20,000 tensors and modules'),
+    'a billion laughs of modules': (unfolding(), 'more than 20,000 tensors, modules and attributes'),
     'DUP': (program(b']', b'2' * 100_000, b'a' * 99_999), 'holds none of the generators'),
     'text that is encoded again and again': (program(b'X' + struct.pack('<I', 1 << 20) + b'a' * (1 << 20) + b'\x94' + named('_codecs', 'encode') + b'\x940', b'0', b'(' + b'h\x01h\x00\x85R' * 2000 + b't'), 'to unfold to more than 2 times'),
     'a terabyte of bytes': (dumps(Call(bytearray, 10**12)), 'refused: builtins.bytearray'),
