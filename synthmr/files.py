@@ -55,12 +55,13 @@ def write_whole(
     except OSError: partial.unlink(missing_ok=True); raise
     give_name(partial, path)
 
-# %% ../nbs/01_files.ipynb #bb007fd4
+# %% ../nbs/01_files.ipynb #36598498
 def read_json(
     path: Path,
     error: type[Exception]=ValueError,  # what to raise where it is none
 ) -> dict:
     "The object in a JSON file; raises `error`, one line that names the file, and OSError where it cannot be read."
+    if path.stat().st_size > 1 << 26: raise error(f'{path}: {path.stat().st_size:,} bytes; a description has less than {1 << 26:,}')
     try: value = json.loads(path.read_bytes())
     except (ValueError, RecursionError): raise error(f'{path}: is not valid JSON') from None
     if not isinstance(value, dict): raise error(f'{path}: should hold keys and values, not a {type(value).__name__}')

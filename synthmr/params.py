@@ -126,12 +126,13 @@ def _written_out(
 _Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 _Loader.add_implicit_resolver('tag:yaml.org,2002:float', re.compile(r'^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$'), list('-+0123456789'))
 
-# %% ../nbs/00_params.ipynb #1b566cd9
+# %% ../nbs/00_params.ipynb #2bfd6dd5
 def read_yaml(
     path: str|Path, # a YAML file that holds a mapping
 ) -> dict:
     "The mapping in a YAML file; raises `ParamsError` naming the file where there is none."
     try:
+        if Path(path).exists() and not Path(path).is_file(): raise ParamsError('is no file')
         if Path(path).is_file() and Path(path).stat().st_size > 10 * _MOST: raise ParamsError(f'is no file of parameters: more than {10 * _MOST:,} bytes')
         values = yaml.load(Path(path).read_text(encoding='utf-8'), Loader=_Loader)
     except OSError as e: raise ParamsError(f'{path}: cannot be read: {e.strerror}') from None

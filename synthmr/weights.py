@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['Dtype', 'Array', 'Storage', 'View', 'read_checkpoint']
 
-# %% ../nbs/06_weights.ipynb #9c294011
+# %% ../nbs/06_weights.ipynb #6a0f98a0
 import io
 import math
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +181,7 @@ def _within(file: File, data: bytes) -> Any:
 
 _IN_PICKLES = _IN_TORCH | {'torch.storage._load_from_bytes': _within}
 
-# %% ../nbs/06_weights.ipynb #66a72506
+# %% ../nbs/06_weights.ipynb #3859ab69
 def _members(file: File) -> tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo]]:
     "The checked members of a zip archive by name."
     try: archive = zipfile.ZipFile(io.BytesIO(file.data))
@@ -212,17 +213,18 @@ def _read_zip(file: File) -> Any:
         storage, name = _storage(file, pid, known), f'{tops[0]}data/{pid[2]}'
         if name not in members: raise file.damaged(f'{said(name)}: is missing in its zip archive')
         if members[name].file_size != storage.nbytes: raise file.damaged(f'{said(name)}: {members[name].file_size:,} bytes, {storage.nbytes:,} are named')
-        storage.data = lambda: read(name)
+        storage.data = cache(lambda: read(name))
         return storage
     return Machine(file, io.BytesIO(read(f'{tops[0]}data.pkl')), _IN_TORCH, persistent).run()
 
-# %% ../nbs/06_weights.ipynb #080c0ff9
+# %% ../nbs/06_weights.ipynb #c3cfd4f8
 def read_checkpoint(
     path: str|Path,         # a pickle, or what torch.save wrote
     limits: Limits=Limits(),
 ) -> tuple[Any, bytes]:     # plain containers, numbers, `Instance`, and tensors as `View` or `Array`; the bytes of the file
     "Read a file of weights without executing anything in it; raises `CheckpointError` that names the file and what it asked for."
     path = Path(path)
+    if path.exists() and not path.is_file(): raise CheckpointError(f'{path}: is no file')
     try:
         if (size := path.stat().st_size) > limits.size: raise CheckpointError(f'{path}: {size:,} bytes; at most {limits.size:,} are read')
         data = path.read_bytes()

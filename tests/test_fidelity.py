@@ -273,7 +273,7 @@ class _Evil:
 
 def test_a_pickle_that_runs_code_is_not_run(tmp_path, capsys):
     torch.save({'w': _Evil()}, tmp_path/'evil.pth')
-    with pytest.raises(FeatureError, match='evil.pth: cannot be read as weights'): read_state(tmp_path/'evil.pth')
+    with pytest.raises(FeatureError, match='evil.pth: refused: __builtin__.print'): read_state(tmp_path/'evil.pth')
     torch.save([1, 2], tmp_path/'list.pth')
     with pytest.raises(FeatureError, match='list.pth: is no dictionary'): read_state(tmp_path/'list.pth')
     assert 'executed' not in capsys.readouterr().out

@@ -28,6 +28,7 @@ from synthmr.cli import main
 from synthmr.data.nifti import InputError, Subject, find_subjects, read_header, read_volume
 from synthmr.data.prepare import PrepareParams, prepare, prepare_subject, read_split
 from synthmr.data.simulated import SimulatedParams, simulate_cohort
+from synthmr.generators import official
 from synthmr.generators.families import FAMILIES, build_generator, load_generator
 from synthmr.generators.official import import_checkpoint
 from synthmr.metrics.features import read_state
@@ -267,6 +268,35 @@ def test_damaged_published_models(good, tmp_path_factory, name, change):
     (folder/name).write_bytes(change((good/name).read_bytes()))
     answers(lambda: import_checkpoint(folder/name, folder/'made', resolution=64 if name.endswith('.pt') else None), folder)
 
+def inside(thing, places=None) -> list:
+    "All places in what was read, as a function that puts something else there."
+    places = [] if places is None else places
+    def put(container, key): return lambda value: container.__setitem__(key, value)
+    if isinstance(thing, dict|list):
+        for key in thing if isinstance(thing, dict) else range(len(thing)): places.append(put(thing, key)); inside(thing[key], places)
+    elif isinstance(thing, tuple):
+        for part in thing: inside(part, places)
+    elif isinstance(thing, Instance): places += [lambda value: setattr(thing, 'state', value), lambda value: setattr(thing, 'of', str(value))]; inside(thing.state, places)
+    elif isinstance(thing, View): places += [lambda value: setattr(thing, 'shape', value) if isinstance(value, tuple) else None] * 2
+    return places
+
+ODD = st.one_of(ABSURD, st.sampled_from([(1 << 20, 1 << 20), (), (0,), (5,), (1, 1, 1, 1), Instance('x', {}), Array(), Name('torch.FloatStorage'), b'bytes', {'_modules': 1}, View(Storage(torch.float32, 1, lambda: memoryview(bytes(4))), 0, (), ())]))
+
+@many(150)
+@given(st.sampled_from(OFFICIAL), st.lists(st.tuples(st.integers(0, 1 << 30), ODD), min_size=1, max_size=3))
+def test_published_models_that_hold_something_else(good, tmp_path_factory, monkeypatch_module, name, changes):
+    "One value of a published model is of another kind: a layer's name, a shape, an attribute, a module."
+    if not (good/name).is_file(): pytest.skip(f'{SHARED} is not there')
+    folder, (content, data) = tmp_path_factory.mktemp('other'), read_checkpoint(good/name)
+    places = inside(content)
+    for where, value in changes: places[where % len(places)](value)
+    monkeypatch_module.setattr(official, 'read_checkpoint', lambda path, limits: (content, data))
+    answers(lambda: import_checkpoint(good/name, folder/'made', resolution=64 if name.endswith('.pt') else None), good/name)
+
+@pytest.fixture(scope='module')
+def monkeypatch_module():
+    with pytest.MonkeyPatch.context() as patch: yield patch
+
 @many(200)
 @given(st.binary(max_size=200), st.booleans())
 def test_any_bytes_as_a_pickle(tmp_path_factory, content, framed):
@@ -351,6 +381,13 @@ def test_a_cohort_with_a_damaged_note(good, tmp_path):
     shutil.copytree(good/'cohort', tmp_path/'cohort')
     (tmp_path/'cohort'/'simulated.json').write_text('[' * 100_000)
     with pytest.raises(InputError, match='simulated.json: is not valid JSON'): prepare(PrepareParams(nifti=str(tmp_path/'cohort'), resolution=16, workers=0), tmp_path/'store', progress=False)
+
+@pytest.mark.parametrize('read', [lambda path: import_checkpoint(path, Path('made')), lambda path: load(GeneratorRun, path), lambda path: read_volume(path), lambda path: SliceStore.open(path), lambda path: load_generator(path)])
+def test_what_is_no_file_is_not_read(tmp_path, read):
+    "A device has no end, and a pipe waits for ever."
+    os.mkfifo(tmp_path/'pipe')
+    for path in (Path('/dev/zero'), tmp_path/'pipe'):
+        with pytest.raises((ValueError, RuntimeError), match=str(path)): read(path)
 
 # What a person sees
 

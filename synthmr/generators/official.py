@@ -58,7 +58,7 @@ class Found:
         if not found: raise self.error(f'no weight is called {pattern}')
         return found
 
-# %% ../../nbs/generators/70_official.ipynb #a4f9ae14
+# %% ../../nbs/generators/70_official.ipynb #10e204ec
 def walk(
     path: Path,
     module: Instance,
@@ -71,25 +71,26 @@ def walk(
         if not isinstance(one, Instance) or not isinstance(one.state, dict): raise CheckpointError(f'{path}: {said(place)} is no module')
         parts = [one.state.get(key) for key in ('_modules', '_parameters', '_buffers')]
         if not all(isinstance(p, dict) for p in parts) or any(not isinstance(name, str) or len(name) > 100 for p in parts for name in p): raise CheckpointError(f'{path}: {said(place)} is no module')
-        seen += sum(map(len, parts))
-        if seen > limits.tensors or place.count('.') > 20: raise CheckpointError(f'{path}: refused: more than {limits.tensors:,} tensors and modules, or more than 20 levels of them')
+        seen += len(one.state) + sum(map(len, parts))
+        if seen > limits.tensors or place.count('.') > 20: raise CheckpointError(f'{path}: refused: more than {limits.tensors:,} tensors, modules and attributes, or more than 20 levels of them')
         yield place, one
         waiting += [(f'{place}{name}.', part) for name, part in parts[0].items() if part is not None]
 
 def _from_modules(path: Path, content: dict) -> Found:
     found = Found(path, '', 'pickle of PyTorch modules (StyleGAN 2 and 3)', {})
     for place, module in walk(path, content['G_ema']):
-        aside = module.state.get('_non_persistent_buffers_set') or ()
+        aside = module.state.get('_non_persistent_buffers_set')
+        aside = aside if isinstance(aside, set|frozenset) else ()
         found.tensors |= {place + name: t for key in ('_parameters', '_buffers') for name, t in module.state[key].items() if t is not None and not (key == '_buffers' and name in aside)}
-        found.facts |= {place + name: value for name, value in module.state.items() if isinstance(name, str) and isinstance(value, int|float|str)}
+        found.facts |= {place + name: value for name, value in module.state.items() if isinstance(name, str) and len(name) <= 100 and isinstance(value, int|float|str)}
     found.kind = 'stylegan2' if 'synthesis.b4.const' in found.tensors else 'stylegan3'
     return found
 
-# %% ../../nbs/generators/70_official.ipynb #ac7a4670
+# %% ../../nbs/generators/70_official.ipynb #dccfb120
 def _variables(path: Path, network: Instance) -> dict[str, Array]:
     "Variables of a network by name; a number becomes an array without axes."
     pairs = network.state.get('variables') if network.state else None
-    if not isinstance(pairs, list) or not all(isinstance(p, tuple|list) and len(p) == 2 and isinstance(p[0], str) for p in pairs): raise CheckpointError(f'{path}: {said(network.of)} has no variables')
+    if not isinstance(pairs, list) or len(pairs) > Limits().tensors or not all(isinstance(p, tuple|list) and len(p) == 2 and isinstance(p[0], str) and len(p[0]) <= 200 for p in pairs): raise CheckpointError(f'{path}: {said(network.of)} has no variables')
     return {name: Array((), Dtype('f8'), data=np.float64(value).tobytes()) if type(value) in (int, float) else value for name, value in pairs}
 
 def _from_networks(path: Path, network: Instance) -> Found:
@@ -255,7 +256,7 @@ def reorder(
         if kind == 'diffusion': network.encoder[0][0].weight.copy_(network.encoder[0][0].weight[:, order])
     return generator
 
-# %% ../../nbs/generators/70_official.ipynb #b8e13e01
+# %% ../../nbs/generators/70_official.ipynb #ac89cbab
 def _build(found: Found, kept: Kept, channels: Sequence[str]) -> Generator:
     "The generator of a file, painting in our order."
     size, held, needed = found.path.stat().st_size, sum(t.nbytes for t in found.tensors.values()), bytes_kept(lambda: build_generator(kept.generator, kept.resolution, 0)) // 4
@@ -275,10 +276,9 @@ def import_checkpoint(
     if sorted(channels) != sorted(CHANNELS): raise CheckpointError(f"channels: {', '.join(channels)}; each of {', '.join(CHANNELS)} is to be named once")
     if folder.exists(): raise CheckpointError(f'{folder}: exists already')
     content, data = read_checkpoint(path, limits)
-    found = recognise(path, content)
-    try: kept = describe(found, given or {}, resolution); generator = _build(found, kept, channels)
-    except CheckpointError: raise
-    except (ValueError, LookupError, ArithmeticError, RuntimeError) as e: raise e if str(e).startswith(str(path)) else found.error(' '.join(str(e).split())) from None
+    try: found = recognise(path, content); kept = describe(found, given or {}, resolution); generator = _build(found, kept, channels)
+    except (ValueError, LookupError, ArithmeticError, RuntimeError, TypeError, AttributeError) as e:     # what becomes of a value where a file holds another kind of it
+        raise e if str(e).startswith(str(path)) else CheckpointError(f'{path}: {" ".join(str(e).split())}') from None
     weights = safetensors.torch.save(to_cpu(generator.averaged.state_dict()))
     kept = kept.model_copy(update={'weights': hashlib.sha256(weights).hexdigest()})
     said_of_it = {'file': path.name, 'sha256': hashlib.sha256(data).hexdigest(), 'bytes': len(data), 'format': found.format, 'family': found.kind, 'channels': list(channels), 'notes': found.notes,
