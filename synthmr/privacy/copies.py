@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from .. import plots
-from ..metrics.memorization import Calibration, _wide, calibrate_closeness
+from ..metrics.memorization import Calibration, _wide
 from ..slices import SliceStore
 
 # %% ../../nbs/privacy/20_copies.ipynb #c72874ba

@@ -20,7 +20,7 @@ from pydantic import Field
 from ..files import write_whole
 from ..metrics.bounds import nearest_bounded, summarise
 from ..metrics.nearest import VIEWS, Comparable, Transformation, nearest, transformations
-from ..params import Params, identity, runtime
+from ..params import Params, runtime
 from ..slices import SliceStore
 
 # %% ../../nbs/privacy/00_searches.ipynb #65b83f57

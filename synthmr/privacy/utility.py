@@ -6,7 +6,6 @@
 __all__ = ['ATTACK', 'StoreRun', 'run_of', 'reference_of', 'utility', 'privacy', 'trade_off']
 
 # %% ../../nbs/privacy/60_utility.ipynb #01a5e95a
-from pathlib import Path
 from typing import Literal
 
 import matplotlib.pyplot as plt
@@ -17,7 +16,7 @@ from scipy import stats
 
 from ..metrics.features import SegmenterFeatures
 from ..metrics.fidelity import FidelityParams, compare, summarise
-from ..params import Params, runtime
+from ..params import runtime
 from ..plots import MIXTURE_COLOURS
 from .audit import Found
 from ..segmenters.features import segmenter_extractor
