@@ -78,7 +78,7 @@ def _bounds(f_x: tuple, f_y: tuple) -> torch.Tensor: # float32 (b, q)
     bound = (y @ x.T).float().add_(mistake * 1.1)
     return bound.add_(e_y[:, None] * (1 + e_x.nan_to_num(posinf=0).max())).add_(e_x).masked_fill_(~finite, -torch.inf)
 
-# %% ../../nbs/metrics/21_bounds.ipynb #79e7c425
+# %% ../../nbs/metrics/21_bounds.ipynb #d156823d
 def _thumbnails(means: np.ndarray, side: int=8) -> np.ndarray: # float32 (n, C, side^2)
     "Means of the squares of an image, averaged further."
     n, c, h, w = means.shape
@@ -97,7 +97,10 @@ def _axis(thumbnails: np.ndarray) -> np.ndarray: # (k,)
 def _guess(best: _Best, x: torch.Tensor, sums_x: Sums, small_x: np.ndarray, training: _Source, summary: Summary, small_y: np.ndarray, views: dict, apart: np.ndarray|None):
     "Exact correlations with the training image whose thumbnail is most similar, for each query and view."
     alike = (_standardised(small_y[:, v].reshape(len(small_y), -1)) @ _standardised(small_x[:, v].reshape(len(small_x), -1)).T for v in map(list, views.values()))
-    guess = np.stack([(a if apart is None else np.where(apart, -np.inf, a)).argmax(axis=0) for a in alike])
+    def comparable(a):
+        if apart is not None: a[apart] = -np.inf
+        return a
+    guess = np.stack([comparable(a).argmax(axis=0) for a in alike])
     for j in np.unique(guess):
         i, row = np.flatnonzero((guess == j).any(axis=0)), np.array([j])
         _compete(best, i, x[i].flatten(2).permute(1, 2, 0), Sums(*(s[i] for s in sums_x)), row, training.read(row).flatten(2), Sums(*(s[row] for s in summary.sums)), views, None if apart is None else apart[row][:, i])

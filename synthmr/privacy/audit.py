@@ -7,7 +7,6 @@ __all__ = ['AuditParams', 'check_sets', 'Criterion', 'Found', 'audit', 'copies_o
            'exposure', 'closeness_figure', 'planned']
 
 # %% ../../nbs/privacy/40_audit.ipynb #3b52650a
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import matplotlib.pyplot as plt
@@ -18,7 +17,7 @@ from pydantic import Field
 from scipy import stats
 
 from ..metrics.memorization import Calibration, calibrate_closeness
-from ..params import Params, runtime
+from ..params import Params
 from ..plots import MIXTURE_COLOURS
 from .copies import closeness, copy_threshold, judge, of_own, scores
 from .duplicates import duplicates, false_duplicates, neighbour_correlations, of_others
@@ -57,7 +56,7 @@ def check_sets(
         for column in ('subject', 'z') if name != 'synthetic' else ():
             if column not in store.slices: raise ValueError(f'{store.path}: {name} images without subjects: slices.csv has no column {column}')
     if both := sorted(set(training.subjects) & set(held_out.subjects)): raise ValueError(f'{held_out.path}: subject {both[0]} is among the training and the held-out subjects')
-    enough_subjects(np.arange(n := len(training.subjects + held_out.subjects)) < len(training.subjects), params.chance / 2)
+    enough_subjects(np.arange(len(training.subjects + held_out.subjects)) < len(training.subjects), params.chance / 2)
     if len(held_out) * (1 - params.percentile / 100) < 1 - 1e-9: raise ValueError(f'{held_out.path}: {len(held_out)} held-out images are too few for a percentile of {params.percentile:g}; {int(np.ceil(1 / (1 - params.percentile / 100)))} are needed')
 
 # %% ../../nbs/privacy/40_audit.ipynb #6731ec3b

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from .. import plots
-from ..metrics.memorization import Calibration, _wide, calibrate_closeness
+from ..metrics.memorization import Calibration, _wide
 from ..slices import SliceStore
 
 # %% ../../nbs/privacy/20_copies.ipynb #c72874ba
@@ -75,7 +75,7 @@ def copy_threshold(
     same = scores(own, calibration).score.median()
     return float(np.nanmax([calibration.threshold, same, tail_threshold(score, subjects, n, chance, seed=seed)]))
 
-# %% ../../nbs/privacy/20_copies.ipynb #f6987c7d
+# %% ../../nbs/privacy/20_copies.ipynb #4a4a476d
 def judge(
     near: pd.DataFrame,         # a search of the synthetic images among the training images
     others: pd.DataFrame,       # among the held-out images
@@ -98,8 +98,8 @@ def pairs(
     title: str='',
     width: float=9,             # inches
 ) -> plt.Figure|None:           # nothing where there are no rows
-    "Each synthetic image, on the left, beside its nearest training image."
+    "Each synthetic image, on the left, with its number, score and as what it was compared, beside its nearest training image."
     rows = rows[rows.nearest >= 0]
     if not len(rows): return None
     both = np.concatenate([np.stack([synthetic[int(q)], training[int(j)]]) for q, j in zip(rows['query'], rows.nearest)])
-    return plots.montage(both, 2, title, width, names=[f'{q}: {s:.1f}' for q, s in zip(rows['query'], rows.score)], heads=['synthetic', 'training'])
+    return plots.montage(both, 2, title, width, names=[f'{q}: {s:.1f}' + f'\n{t}' * (t != 'none') for q, s, t in zip(rows['query'], rows.score, rows.transformation)], heads=['synthetic', 'training'])

@@ -20,7 +20,7 @@ from pydantic import Field
 from ..files import write_whole
 from ..metrics.bounds import nearest_bounded, summarise
 from ..metrics.nearest import VIEWS, Comparable, Transformation, nearest, transformations
-from ..params import Params, identity, runtime
+from ..params import Params, runtime
 from ..slices import SliceStore
 
 # %% ../../nbs/privacy/00_searches.ipynb #65b83f57
@@ -61,7 +61,7 @@ class SearchParams(Params):
     @property
     def ways(self) -> list[Alteration]: return alterations(self.flips, self.shift, self.negatives)
 
-# %% ../../nbs/privacy/00_searches.ipynb #43d17fd1
+# %% ../../nbs/privacy/00_searches.ipynb #3002bd3a
 def chosen(
     store: SliceStore,
 ) -> list[str]: # plain data
@@ -109,7 +109,9 @@ class Searches:
         return pd.concat(parts, ignore_index=True)
 
 def _write(found: pd.DataFrame, file: Path): write_whole(file, gzip.compress(found.to_csv(index=False).encode(), 1))
-def _read(file: Path) -> pd.DataFrame: return pd.read_csv(file, float_precision='round_trip', keep_default_na=False, na_values={'correlation': ''})
+def _read(file: Path) -> pd.DataFrame:
+    found = pd.read_csv(file, dtype={'correlation': str}, keep_default_na=False)
+    return found.assign(correlation=found.correlation.replace('', 'nan').astype(float))     # every digit, whatever pandas' own parser does
 
 # %% ../../nbs/privacy/00_searches.ipynb #75a3a3ee
 class Narrowed(Searches):

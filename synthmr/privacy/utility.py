@@ -6,7 +6,6 @@
 __all__ = ['ATTACK', 'StoreRun', 'run_of', 'reference_of', 'utility', 'privacy', 'trade_off']
 
 # %% ../../nbs/privacy/60_utility.ipynb #01a5e95a
-from pathlib import Path
 from typing import Literal
 
 import matplotlib.pyplot as plt
@@ -17,7 +16,7 @@ from scipy import stats
 
 from ..metrics.features import SegmenterFeatures
 from ..metrics.fidelity import FidelityParams, compare, summarise
-from ..params import Params, runtime
+from ..params import runtime
 from ..plots import MIXTURE_COLOURS
 from .audit import Found
 from ..segmenters.features import segmenter_extractor
@@ -86,7 +85,7 @@ def utility(
         rows.append({'store': name, 'metric': 'frechet_distance', **distance[['value', 'low', 'high']].to_dict()})
     return pd.DataFrame(rows)
 
-# %% ../../nbs/privacy/60_utility.ipynb #a5634e0e
+# %% ../../nbs/privacy/60_utility.ipynb #b57e204e
 ATTACK = ('ratio', 'whole')     # that is compared before and after
 
 def privacy(found: Found) -> dict[str, tuple[float, float, float]]: # value and interval
@@ -116,7 +115,8 @@ def trade_off(
     axes[0, 0].yaxis.set_major_formatter(plt.matplotlib.ticker.PercentFormatter(1))
     axes[0, 0].set_ylabel('too close or repeated\n(share of the images)'); axes[1, 0].set_ylabel('area under the curve,\nratio attack')
     axes[1, 0].set_xlabel('relative Dice, synthetic only'); axes[1, 1].set_xlabel('Fréchet distance (segmenter)')
-    axes[0, 0].margins(x=0.25); axes[0, 1].margins(x=0.1)
+    axes[0, 0].set_xlim(0, max(1.1, axes[0, 0].get_xlim()[1])); axes[0, 1].set_xlim(left=0)    # small differences shall look small
+    axes[1, 0].set_ylim(min(0.3, axes[1, 0].get_ylim()[0]), max(0.7, axes[1, 0].get_ylim()[1]))
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=len(audits), fontsize=8)
     if title: figure.suptitle(title, x=0.01, ha='left', fontsize=9)
     return figure
