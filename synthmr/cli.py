@@ -15,7 +15,7 @@ from pathlib import Path
 from . import __version__
 from .params import ParamsError, check, load, read_yaml
 
-# %% ../nbs/90_cli.ipynb #ae63cded
+# %% ../nbs/90_cli.ipynb #94055cbb
 def _simulate(a: argparse.Namespace) -> int:
     from synthmr.data.simulated import SimulatedParams, simulate_cohort
     params = check(SimulatedParams, {'subjects': a.subjects, 'seed': a.seed, 'spacing': a.spacing, 'workers': a.workers}, 'synthmr simulate')
@@ -56,8 +56,12 @@ def _import_checkpoint(a: argparse.Namespace) -> int:
     return 0
 
 def _sample(a: argparse.Namespace) -> int:
-    from synthmr.generators.families import sample_kept
-    store = sample_kept(a.folder, a.store, a.n, a.seed, a.batch_size, a.device)
+    from synthmr.generators.families import read_kept, sample_kept
+    from synthmr.slices import SliceStore
+    from synthmr.studies.runs import DataRun
+    like, data = a.like, read_kept(a.folder)[2].get('data')
+    if like is None and isinstance(data, dict): like = check(DataRun, data, str(a.folder)).folder       # what the run learnt from
+    store = sample_kept(a.folder, a.store, a.n, a.seed, a.batch_size, a.device, SliceStore.open(like) if like else None)
     print(f'{store.path}: {len(store)} synthetic slices')
     return 0
 
@@ -156,7 +160,7 @@ def _reader_score(a: argparse.Namespace) -> int:
     for path in write_scores(scores, a.out, key) if a.out else (): print(path)
     return 0
 
-# %% ../nbs/90_cli.ipynb #3190f2d2
+# %% ../nbs/90_cli.ipynb #d1759141
 def parser() -> argparse.ArgumentParser:
     "The command line of `synthmr`."
     top = argparse.ArgumentParser('synthmr', description="Can synthetic MR images be shared instead of patients' images?",
@@ -214,6 +218,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--seed', metavar='S', type=int, default=0, help='image i is a function of seed and i')
     p.add_argument('--batch-size', metavar='B', type=int, default=64, help='images at once')
     p.add_argument('--device', metavar='D', default='auto', help='as torch names it')
+    p.add_argument('--like', metavar='STORE', type=Path, help="real slices, whose voxel size the images have (default: those that the run learnt from; of an imported generator 1 mm at 256x256)")
 
     p = verb('study', _study, 'carry out a study, or what of it is not done yet; ends with its table and page')
     p.add_argument('file', metavar='FILE', type=Path, help='parameters of the study, such as params/demo/study.yaml')

@@ -62,7 +62,7 @@ def test_a_network_that_was_still_growing(files, tmp_path, name):
     tensors = golden(name)
     import_checkpoint(files/f'{name}-lod1.75.pkl', tmp_path/'growing', channels=CHANNELS)
     close(load_generator(tmp_path/'growing').sample(tensors['in.latents']), tensors['out.img.lod1.75'])
-    assert any('lod 1.75' in note for note in json.loads((tmp_path/'growing'/'config.json').read_text())['imported']['notes'])
+    assert any('lod 1.75' in note for note in json.loads((tmp_path/'growing'/'config.json').read_text())['published']['notes'])
 
 @torch.no_grad()
 @pytest.mark.parametrize('key, images', [('truncation', 'out.img_psi0.7'), ('truncation', 'out.img_psi0.7_cutoff8.lod0')])
@@ -129,11 +129,11 @@ def test_the_papers_networks_are_recognised(kind):
 def test_import_then_sample_on_the_command_line(files, tmp_path, capsys):
     assert main(['import-checkpoint', str(files/'stylegan2_32.pkl'), str(tmp_path/'g')]) == 0
     record = json.loads((tmp_path/'g'/'config.json').read_text())
-    assert record['imported'].keys() == {'file', 'sha256', 'bytes', 'format', 'family', 'channels', 'notes', 'date'} and record['imported']['file'] == 'stylegan2_32.pkl' and record['provenance']['versions']
+    assert record['published'].keys() == {'file', 'sha256', 'bytes', 'format', 'family', 'channels', 'notes', 'date'} and record['published']['file'] == 'stylegan2_32.pkl' and record['provenance']['versions']
     assert sorted(p.name for p in (tmp_path/'g').iterdir()) == ['config.json', 'weights.safetensors']
     for store, batch in (('a', 4), ('b', 3)): assert main(['sample', str(tmp_path/'g'), str(tmp_path/store), '--n', '5', '--seed', '7', '--batch-size', str(batch), '--device', 'cpu']) == 0
     a, b = SliceStore.open(tmp_path/'a'), SliceStore.open(tmp_path/'b')
-    assert (a[:] == b[:]).all() and a.meta['imported'] == record['imported'] and a.meta['weights'] == record['weights'] and list(a.slices) == ['seed', 'number', 'split', 'tumour']
+    assert (a[:] == b[:]).all() and a.meta['published'] == record['published'] and a.meta['weights'] == record['weights'] and list(a.slices) == ['seed', 'number', 'split', 'tumour']
     assert main(['sample', str(tmp_path/'g'), str(tmp_path/'a'), '--n', '5', '--seed', '8']) == 1
     assert main(['import-checkpoint', str(files/'stylegan2_32.pkl'), str(tmp_path/'g')]) == 1
     assert 'exists already' in capsys.readouterr().err
@@ -168,6 +168,21 @@ def test_a_study_takes_an_imported_generator_like_any_other(files, tmp_path, mon
     assert moved.name == run.name                  # named by the weights, not by the place
     with pytest.raises(RuntimeError, match='paints 32 pixels, the slices have 16'):
         other = check(GeneratorRun, {**given, 'data': DATA, 'generator': moved.generator}); make_data(other.data); make_generator(other)
+
+def test_a_trained_run_is_sampled_from_its_folder(tmp_path, monkeypatch):
+    import yaml
+    from tiny import generator as tiny_run
+    from synthmr.params import load
+    from synthmr.studies.runs import GeneratorRun, make_generator
+    monkeypatch.setenv('SYNTHMR_HOME', str(tmp_path/'home'))
+    (tmp_path/'run.yaml').write_text(yaml.safe_dump(tiny_run('progressive_gan', images=5)))
+    assert main(['train', str(tmp_path/'run.yaml')]) == 0
+    run = load(GeneratorRun, tmp_path/'run.yaml')
+    assert main(['sample', str(run.folder), str(tmp_path/'s'), '--n', '5', '--device', 'cpu']) == 0
+    store, real = SliceStore.open(tmp_path/'s'), SliceStore.open(run.data.folder)
+    assert store.meta['simulated'] is True and store.meta['spacing'] == real.meta['spacing'] and 'published' not in store.meta
+    assert (store[:] == make_generator(run)[1][:]).all()       # as the run samples it
+    with pytest.raises(ValueError, match='was not imported but trained'): load(GeneratorRun, tmp_path/'run.yaml', generator={'kind': 'imported', 'folder': str(run.folder)})
 
 # What does not fit
 

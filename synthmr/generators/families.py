@@ -14,7 +14,6 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field, model_validator
 
-from ..data.imported import ImagesParams
 from ..files import read_json
 from .diffusion import Diffusion, DiffusionParams
 from .generator import Generator
@@ -35,7 +34,7 @@ FAMILIES = {'progressive_gan': (ProgressiveGANParams, ProgressiveGAN), 'stylegan
 # Parameters of one of the five; `kind` says of which.
 Family = Annotated[ProgressiveGANParams|StyleGAN1Params|StyleGAN2Params|StyleGAN3Params|DiffusionParams, Field(discriminator='kind')]
 
-# %% ../../nbs/generators/60_families.ipynb #09051d72
+# %% ../../nbs/generators/60_families.ipynb #e6bd44a4
 _MOST = {'mapping_layers': 64, 'layers': 64, 'blocks': 64, 'multipliers': 1024, 'patch': 64, 'margin': 256, 'chunk': 4096, 'steps': 100_000, 'sampling_steps': 100_000}
 
 class Kept(Params):
@@ -71,11 +70,11 @@ class ImportedParams(Params):
     def _read(cls, values):
         if not isinstance(values, dict) or 'generator' in values or not isinstance(values.get('folder'), str): return values
         _, kept, config = read_kept(values['folder'])
-        if 'imported' not in config: raise ValueError(f"{values['folder']}: was not imported but trained; a study takes its parameters")
+        if 'published' not in config: raise ValueError(f"{values['folder']}: was not imported but trained; a study takes its parameters")
         return {**values, 'generator': kept.generator, 'weights': kept.weights}
 
 # Parameters of any generator; `kind` says of which.
-AnyGenerator = Annotated[ProgressiveGANParams|StyleGAN1Params|StyleGAN2Params|StyleGAN3Params|DiffusionParams|ImportedParams|ImagesParams, Field(discriminator='kind')]
+AnyGenerator = Annotated[ProgressiveGANParams|StyleGAN1Params|StyleGAN2Params|StyleGAN3Params|DiffusionParams|ImportedParams, Field(discriminator='kind')]
 
 def family_of(
     params: AnyGenerator,
@@ -93,7 +92,7 @@ def build_generator(
     family = family_of(params)
     return FAMILIES[family.kind][1](family, resolution)
 
-# %% ../../nbs/generators/60_families.ipynb #09a58bb7
+# %% ../../nbs/generators/60_families.ipynb #d7e3f603
 def load_generator(
     folder: str|Path,           # of an imported generator, of a run, or of its training
     weights: str|None=None,     # the SHA-256 that its weights have to have; None: the one that the configuration names, if it does
@@ -113,12 +112,15 @@ def sample_kept(
     seed: int,
     batch_size: int=64,
     device: str='auto',
+    like: SliceStore|None=None, # real slices, whose voxel size the images have; None: 1 mm at 256x256, as the paper's
     progress: bool=True,
 ) -> SliceStore:
     "Draw images 0 to n - 1 from a kept generator into a store, or go on with it. Raises as `load_generator` and `sample_store` do."
     if n < 1 or seed < 0: raise ValueError(f'n is at least 1 and seed at least 0, not {n} and {seed}')
     place, kept, config = read_kept(folder)
     made = {'generator': kept.generator, 'weights': hashlib.sha256((place/'weights.safetensors').read_bytes()).hexdigest()} if (place/'weights.safetensors').is_file() else {}
-    facts = {'imported': config['imported']} if 'imported' in config else {'simulated': bool(config['data'].get('simulated'))} if isinstance(config.get('data'), dict) else {}
+    facts = {'published': config['published']} if 'published' in config else {'simulated': bool(config['data'].get('simulated'))} if isinstance(config.get('data'), dict) else {}
+    if like is not None and like.meta['resolution'] != kept.resolution: raise ValueError(f"{like.path}: has {like.meta['resolution']} pixels, {folder} paints {kept.resolution}")
+    facts['spacing'] = like.meta['spacing'] if like is not None else [1., 256 / kept.resolution, 256 / kept.resolution]
     generator = load_generator(folder).to(find_device(device))
     return sample_store(generator, path, n, seed, {'resolution': kept.resolution, **made, **facts, 'provenance': provenance()}, batch_size, progress)

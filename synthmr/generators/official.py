@@ -256,7 +256,7 @@ def reorder(
         if kind == 'diffusion': network.encoder[0][0].weight.copy_(network.encoder[0][0].weight[:, order])
     return generator
 
-# %% ../../nbs/generators/70_official.ipynb #ac89cbab
+# %% ../../nbs/generators/70_official.ipynb #d8eb1240
 def _build(found: Found, kept: Kept, channels: Sequence[str]) -> Generator:
     "The generator of a file, painting in our order."
     size, held, needed = found.path.stat().st_size, sum(t.nbytes for t in found.tensors.values()), bytes_kept(lambda: build_generator(kept.generator, kept.resolution, 0)) // 4
@@ -286,6 +286,6 @@ def import_checkpoint(
     partial = folder.with_name(folder.name + '.partial')
     shutil.rmtree(partial, ignore_errors=True); partial.mkdir(parents=True)
     to_disk(partial/'weights.safetensors', weights)
-    to_disk(partial/'config.json', to_json({'format': 'synthmr generator 1', **resolved(kept), 'imported': said_of_it, 'provenance': provenance()})); to_disk(partial)
+    to_disk(partial/'config.json', to_json({'format': 'synthmr generator 1', **resolved(kept), 'published': said_of_it, 'provenance': provenance()})); to_disk(partial)
     give_name(partial, folder)
     return kept
