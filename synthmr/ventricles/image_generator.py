@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['ImageGeneratorParams', 'ImageAutoencoder', 'ImageGenerator', 'train_image_generator']
 
-# %% ../../nbs/ventricles/20_image_generator.ipynb #1a14c9c8
+# %% ../../nbs/ventricles/20_image_generator.ipynb #098cfc41
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -67,7 +68,7 @@ class ImageAutoencoder(Trainable):
     def phases(self) -> list[Phase]:
         return [Phase('autoencoder', self.network, torch.optim.Adam(self.network.parameters(), self.params.learning_rate), self.loss, learning_rate=lambda progress: min(1., 4 * (1 - progress)))]
 
-# %% ../../nbs/ventricles/20_image_generator.ipynb #4f03f757
+# %% ../../nbs/ventricles/20_image_generator.ipynb #268b6295
 class _ImageDenoiser(nn.Module):
     "The SPADE U-Net of latents."
     def __init__(self, params: DiffusionParams, latent_channels: int, spade_channels: int):
@@ -99,13 +100,16 @@ class ImageGenerator(LatentDiffusion):
 
     @torch.no_grad()
     def fit_scale(self, store: VolumeStore, n: int=200):
-        "Of the latents; and the deviation of what the autoencoder leaves over, grey values in [-1, 1]."
+        "Of the latents; and the deviation of what the autoencoder leaves over from voxel to voxel, grey values in [-1, 1]."
         super().fit_scale(store, n)
         device, squares = self.denoiser.shift.device, []
         for i in np.linspace(0, len(store) - 1, min(20, len(store))).round().astype(int):
             batch = (torch.from_numpy(store[[i]]).float() / 127.5 - 1).to(device)
             mask = self.condition(batch)
-            squares.append((self.autoencoder.decode(self.autoencoder.encode(batch), mask) - batch[:, :1])[mask[:, None] > 0].square().mean())
+            inside = (mask[:, None] > 0).float()
+            left = (self.autoencoder.decode(self.autoencoder.encode(batch), mask) - batch[:, :1]) * inside
+            smooth = F.avg_pool3d(left, 3, 1, 1) / F.avg_pool3d(inside, 3, 1, 1).clamp(min=1e-6)
+            squares.append((left - smooth)[inside > 0].square().mean())
         self.denoiser.residual.copy_(torch.stack(squares).mean().sqrt())
 
     @torch.no_grad()
