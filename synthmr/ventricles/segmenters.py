@@ -22,7 +22,7 @@ from .latent import VolumeTraining
 from .mask_generator import fits, soft_dice
 from .volumes import CLASSES, VENTRICLES, VolumeStore, one_hot, unpack
 
-# %% ../../nbs/ventricles/30_segmenters.ipynb #b72cf771
+# %% ../../nbs/ventricles/30_segmenters.ipynb #2e5b50c9
 class SegmenterTraining(VolumeTraining):
     "nnU-Net's length: 1,000 epochs of 250 batches of 2."
     kimg: float = Field(500, gt=0)
@@ -33,7 +33,7 @@ class SegmenterTraining(VolumeTraining):
 
 class VolumeSegmenterParams(Params):
     "The 3D segmenter; the defaults follow nnU-Net."
-    filters: tuple[int, ...] = (32, 64, 128, 256, 320)  # of each level
+    filters: tuple[int, ...] = Field((32, 64, 128, 256, 320), min_length=3)     # of each level
     optimiser: Literal['sgd', 'adamw'] = 'sgd'          # adamw: for quick presets
     learning_rate: float = Field(0.01, gt=0)
     weight_decay: float = Field(3e-5, ge=0)
@@ -115,7 +115,7 @@ def paint(
     share = _uniform(image, 0, 0.8)
     return ((1 - share) * image + share * blurred).clamp(0.01, 1) * inside
 
-# %% ../../nbs/ventricles/30_segmenters.ipynb #6d13c506
+# %% ../../nbs/ventricles/30_segmenters.ipynb #3e313af4
 class VolumeSegmenter(Trainable):
     "A segmenter of volumes with its augmentation, loss and optimiser."
     def __init__(
@@ -149,7 +149,7 @@ class VolumeSegmenter(Trainable):
         weights, total = [0.5**d for d in range(len(heads))], 0.
         for weight, logits in zip(weights, heads):
             dice = soft_dice(logits.softmax(1), truth)
-            total = total + weight / sum(weights) * (F.cross_entropy(logits, classes) + 1 - dice[1:].mean())
+            total = total + weight / sum(weights) * (F.cross_entropy(logits, classes) + 2 - dice[1:].mean() - dice[VENTRICLES])
             if weight == 1: logs = {'dice_ventricles': dice[VENTRICLES].detach()}
         return total, logs
 

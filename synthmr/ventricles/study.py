@@ -67,10 +67,10 @@ def save_volume_rows(
     store = VolumeStore.open((run if isinstance(run, VolumesRun) else run.data).folder)
     return save_rows(rows, run.result('.csv'), **run.facts, data=store.fingerprint)
 
-# %% ../../nbs/ventricles/50_study.ipynb #83cb5e0d
+# %% ../../nbs/ventricles/50_study.ipynb #3900c6ec
 def _training_asks(*trainings: TrainingParams) -> Resources:
     gpus = 0 if all(t.device == 'cpu' for t in trainings) else 1
-    return Resources(threads=1, memory=48 if gpus else 6, hours=72 if gpus else 12, gpus=gpus)
+    return Resources(threads=1, memory=24 if gpus else 6, hours=72 if gpus else 12, gpus=gpus)
 
 def _fits(params, shape):
     "Whether networks can halve the volumes as often as they do."
