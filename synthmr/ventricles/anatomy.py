@@ -7,7 +7,6 @@ __all__ = ['BrainsParams', 'atlas', 'look_up', 'widen', 'blow', 'draw_balloons',
            'enlarged_scan', 'simulate_brain', 'simulate_brains']
 
 # %% ../../nbs/ventricles/01_anatomy.ipynb #b5fffc79
-import math
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
@@ -22,9 +21,9 @@ from pydantic import Field as PydanticField
 from torch import Tensor
 from tqdm import tqdm
 
-from ..data.simulated import CENTRE, TISSUES, Field, affine, in_head, inversion_recovery, positions, signals, smooth_noise, template
+from ..data.simulated import CENTRE, TISSUES, Field, affine, in_head, inversion_recovery, positions, signals, template
 from ..params import Params, identity, runtime
-from .volumes import VENTRICLES, VolumeStore, VolumeWriter, millilitres, to_grey
+from .volumes import VolumeStore, VolumeWriter, millilitres, to_grey
 
 # %% ../../nbs/ventricles/01_anatomy.ipynb #557fc5a5
 class BrainsParams(Params):

@@ -7,7 +7,6 @@ __all__ = ['VolumeTraining', 'AutoencoderParams', 'DiffusionParams', 'guided', '
 
 # %% ../../nbs/ventricles/10_latent.ipynb #b7d5550f
 import hashlib
-import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -78,7 +77,7 @@ def guided(
     without = unconditional()
     return without if scale == 0 else without + scale * (conditional() - without)
 
-# %% ../../nbs/ventricles/10_latent.ipynb #0aa7af82
+# %% ../../nbs/ventricles/10_latent.ipynb #9d23dd38
 class LatentDiffusion(Trainable):
     "A diffusion model of an autoencoder's latents; a subclass says what the condition is."
     def __init__(
@@ -154,8 +153,11 @@ class LatentDiffusion(Trainable):
         device = self.denoiser.shift.device
         levels, condition = karras_sigmas(steps or self.params.sampling_steps), condition.to(device)
         first = float(levels[0]) * numbered_noise(seed, [number], self.shape).to(device)
-        def known(x, sigma, given): return self.estimate(x, x.new_full((1,), float(sigma)), condition, x.new_full((1,), given))[1]
-        x = SAMPLERS['dpm_solver'](lambda x, s: guided(lambda: known(x, s, 1.), lambda: known(x, s, 0.), scale), first, levels)
+        def denoise(x, sigma):
+            given = x.new_tensor([1., 0.] if scale not in (0, 1) else [float(scale)])      # with and without the condition go through the network together
+            known = self.estimate(x.expand(len(given), *x.shape[1:]), x.new_full((len(given),), float(sigma)), condition.expand(len(given), *condition.shape[1:]), given)[1]
+            return guided(lambda: known[:1], lambda: known[-1:], scale)
+        x = SAMPLERS['dpm_solver'](denoise, first, levels)
         return x / self.denoiser.scale + self.denoiser.shift
 
 def scales(

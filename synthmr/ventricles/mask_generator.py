@@ -6,8 +6,7 @@
 __all__ = ['fits', 'soft_dice', 'divergence', 'MaskAutoencoder', 'MaskGeneratorParams', 'MaskGenerator', 'train_mask_generator',
            'asked_and_obtained', 'following', 'plot_asked']
 
-# %% ../../nbs/ventricles/11_mask_generator.ipynb #b6e8786c
-import json
+# %% ../../nbs/ventricles/11_mask_generator.ipynb #78f53f15
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -7,7 +7,7 @@ __all__ = ['VolumesRun', 'make_volumes', 'save_volume_rows', 'MasksRun', 'Images
            'make_images', 'SyntheticParams', 'SyntheticRun', 'asked_for', 'make_synthetic', 'VolumeSegmenterRun',
            'make_volume_segmenter', 'VentricleStudy', 'found_again']
 
-# %% ../../nbs/ventricles/50_study.ipynb #ac534b05
+# %% ../../nbs/ventricles/50_study.ipynb #3cb59b09
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -29,7 +29,7 @@ from .image_generator import ImageGenerator, ImageGeneratorParams, train_image_g
 from .mask_generator import MaskGenerator, MaskGeneratorParams, train_mask_generator
 from .pairs import PairsParams, prepare_pairs
 from .segmenters import VolumeSegmenter, VolumeSegmenterParams, segment_volume, train_volume_segmenter
-from .volumes import CLASSES, VENTRICLES, VolumeStore, VolumeWriter, millilitres
+from .volumes import CLASSES, VolumeStore, VolumeWriter, millilitres
 
 # %% ../../nbs/ventricles/50_study.ipynb #179f3ff8
 class VolumesRun(Run):

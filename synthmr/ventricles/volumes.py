@@ -7,7 +7,6 @@ __all__ = ['CLASSES', 'VENTRICLES', 'CLASS_COLOURS', 'millilitres', 'to_grey', '
            'middle', 'show']
 
 # %% ../../nbs/ventricles/00_volumes.ipynb #6ef3ea9d
-import json
 import os
 from pathlib import Path
 
