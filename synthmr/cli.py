@@ -15,7 +15,7 @@ from pathlib import Path
 from . import __version__
 from .params import ParamsError, check, load, read_yaml
 
-# %% ../nbs/90_cli.ipynb #94055cbb
+# %% ../nbs/90_cli.ipynb #372ba6e3
 def _simulate(a: argparse.Namespace) -> int:
     from synthmr.data.simulated import SimulatedParams, simulate_cohort
     params = check(SimulatedParams, {'subjects': a.subjects, 'seed': a.seed, 'spacing': a.spacing, 'workers': a.workers}, 'synthmr simulate')
@@ -72,7 +72,8 @@ def load_study(
     from synthmr.studies.ensemble import EnsembleStudy
     from synthmr.studies.ratio import RatioStudy
     from synthmr.studies.study import Study
-    kinds = {'comparison': Study, 'ratio': RatioStudy, 'ensemble': EnsembleStudy}
+    from synthmr.ventricles.study import VentricleStudy
+    kinds = {'comparison': Study, 'ratio': RatioStudy, 'ensemble': EnsembleStudy, 'ventricles': VentricleStudy}
     kind = read_yaml(path).get('study', 'comparison')
     if kind not in kinds: raise ParamsError(f"{path}: study: unknown, {kind!r}; one of {', '.join(kinds)}")
     return load(kinds[kind], path)
@@ -100,7 +101,9 @@ def _status(a: argparse.Namespace) -> int:
 
 def _plan(a: argparse.Namespace) -> int:
     from synthmr.studies.cost import plan
-    print(plan(load_study(a.file), a.jobs, a.slices, again=a.again))
+    study = load_study(a.file)
+    if study.label == 'ventricles': raise ParamsError(f'{a.file}: the cost of a study of volumes cannot be told; `synthmr study --dry-run` says what it would do')
+    print(plan(study, a.jobs, a.slices, again=a.again))
     return 0
 
 def _reproduce(a: argparse.Namespace) -> int:
