@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ..images import StoreError, content_fingerprint
-from ..slices import SliceStore, StoreWriter, _npy_header, _read_json, _why_missing, _write_json
-from ..files import give_name, write_whole
+from ..slices import SliceStore, StoreWriter, _npy_header, _why_missing, _write_json
+from ..files import give_name, read_json, write_whole
 
 # %% ../../nbs/ventricles/00_volumes.ipynb #eec147ed
 CLASSES = ('background', 'ventricles', 'other CSF', 'grey matter', 'white matter')  # by class index
@@ -98,9 +98,8 @@ class VolumeStore(SliceStore):
         path = Path(path)
         for name in ('meta.json', 'volumes.csv', 'images.npy'):
             if not (path/name).is_file(): raise StoreError(f"{path}: {_why_missing(path, name).replace('slice store', 'volume store')}")
-        try: meta = _read_json(path/'meta.json')
-        except ValueError: raise StoreError(f'{path}: meta.json is not valid JSON') from None
-        if not str(meta.get('format') if isinstance(meta, dict) else '').startswith('synthmr volume store'): raise StoreError(f'{path}: meta.json is not that of a volume store')
+        meta = read_json(path/'meta.json', StoreError)
+        if not str(meta.get('format')).startswith('synthmr volume store'): raise StoreError(f'{path}: meta.json is not that of a volume store')
         try: images = _Mapped(path/'images.npy')
         except (ValueError, OSError, EOFError): raise StoreError(f'{path}: images.npy is damaged: its bytes are not those of an npy file') from None
         table = pd.read_csv(path/'volumes.csv', dtype={'subject': str})
