@@ -61,6 +61,7 @@ def test_every_notebook_is_a_page_without_directives(pages):
     assert [name for name, text in pages.items() if '#| ' in text or 'default_exp' in text] == []
     assert all(f'href="{chapter}"' in pages['index.html'] for chapter in chapters)
     assert [name for name in chapters if 'Traceback' in pages[name]] == []
+    assert [name for name, text in pages.items() if 'require.min.js' in text or 'widget-view' in text] == []     # what dead widgets would bring in
 
 def test_every_internal_link_and_picture_is_there(site, pages):
     from html.parser import HTMLParser
