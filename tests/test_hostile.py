@@ -284,18 +284,15 @@ ODD = st.one_of(ABSURD, st.sampled_from([(1 << 20, 1 << 20), (), (0,), (5,), (1,
 
 @many(150)
 @given(st.sampled_from(OFFICIAL), st.lists(st.tuples(st.integers(0, 1 << 30), ODD), min_size=1, max_size=3))
-def test_published_models_that_hold_something_else(good, tmp_path_factory, monkeypatch_module, name, changes):
+def test_published_models_that_hold_something_else(good, tmp_path_factory, name, changes):
     "One value of a published model is of another kind: a layer's name, a shape, an attribute, a module."
     if not (good/name).is_file(): pytest.skip(f'{SHARED} is not there')
     folder, (content, data) = tmp_path_factory.mktemp('other'), read_checkpoint(good/name)
     places = inside(content)
     for where, value in changes: places[where % len(places)](value)
-    monkeypatch_module.setattr(official, 'read_checkpoint', lambda path, limits: (content, data))
-    answers(lambda: import_checkpoint(good/name, folder/'made', resolution=64 if name.endswith('.pt') else None), good/name)
-
-@pytest.fixture(scope='module')
-def monkeypatch_module():
-    with pytest.MonkeyPatch.context() as patch: yield patch
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(official, 'read_checkpoint', lambda path, limits: (content, data))
+        answers(lambda: import_checkpoint(good/name, folder/'made', resolution=64 if name.endswith('.pt') else None), good/name)
 
 @many(200)
 @given(st.binary(max_size=200), st.booleans())
