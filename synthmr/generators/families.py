@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field, model_validator
 
+from ..data.imported import ImagesParams
 from ..files import read_json
 from .diffusion import Diffusion, DiffusionParams
 from .generator import Generator
@@ -74,7 +75,7 @@ class ImportedParams(Params):
         return {**values, 'generator': kept.generator, 'weights': kept.weights}
 
 # Parameters of any generator; `kind` says of which.
-AnyGenerator = Annotated[ProgressiveGANParams|StyleGAN1Params|StyleGAN2Params|StyleGAN3Params|DiffusionParams|ImportedParams, Field(discriminator='kind')]
+AnyGenerator = Annotated[ProgressiveGANParams|StyleGAN1Params|StyleGAN2Params|StyleGAN3Params|DiffusionParams|ImportedParams|ImagesParams, Field(discriminator='kind')]
 
 def family_of(
     params: AnyGenerator,
