@@ -24,7 +24,7 @@ demo: $(READY) ## the study on simulated patients: one table, one page (about tw
 	synthmr study $(STUDY)
 
 test: $(READY) ## every notebook and every test
-	nbdev_test --n_workers 2 --do_print
+	OMP_NUM_THREADS=1 nbdev_test --n_workers 2 --do_print
 	python -m pytest -n 2
 
 docs: $(READY) ## the living paper as HTML, in _docs/html/index.html
