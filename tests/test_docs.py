@@ -14,3 +14,4 @@ def test_site_builds_without_warnings_and_shows_no_directives(tmp_path):
     assert [name for name, text in pages.items() if '#| ' in text or 'default_exp' in text] == []
     assert all(f'href="{chapter}"' in pages['index.html'] for chapter in chapters)
     assert [name for name in chapters if 'Traceback' in pages[name]] == []
+    assert [name for name, text in pages.items() if 'require.min.js' in text or 'widget-view' in text] == []     # what dead widgets would bring in
