@@ -8,7 +8,7 @@ __all__ = ['LAYOUTS', 'GrowthParams', 'level_at', 'resolution_at', 'batch_size_a
            'generator_from_official', 'discriminator_from_official', 'GrowingGAN', 'ProgressiveGANParams',
            'ProgressiveGAN']
 
-# %% ../../nbs/generators/30_progressive_gan.ipynb #24cb1304
+# %% ../../nbs/generators/30_progressive_gan.ipynb #be791b96
 import math
 from collections.abc import Callable, Mapping
 from typing import Literal
@@ -223,7 +223,7 @@ def discriminator_from_official(
         ('dense',       '4x4/Dense0',           'linear'),
         ('out',         '4x4/Dense1',           'linear')])
 
-# %% ../../nbs/generators/30_progressive_gan.ipynb #0db37acf
+# %% ../../nbs/generators/30_progressive_gan.ipynb #2de6ee3c
 class GrowingGAN(GAN):
     "A GAN whose networks take the level of growth."
     def __init__(self, params: 'ProgressiveGANParams', resolution: int, generator: nn.Module, discriminator: nn.Module):
