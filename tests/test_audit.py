@@ -169,7 +169,7 @@ def test_the_command_passes_fails_and_reports(prepared, tmp_path, capsys):
         assert 'SIM_0' not in (out/'audit.json').read_text()        # it may accompany the store
         cells = json.loads((out/'audit.ipynb').read_text())['cells']
         outputs = [o for c in cells for o in c.get('outputs', [])]
-        assert sum('image/png' in o.get('data', {}) for o in outputs) >= 3 and not any(o['output_type'] == 'error' for o in outputs)
+        assert sum(bool({'image/png', 'image/svg+xml'} & set(o.get('data', {}))) for o in outputs) >= 3 and not any(o['output_type'] == 'error' for o in outputs)
         assert f'# {verdict.upper()}' in str(outputs) and 'SIMULATED' in str(outputs) and 'data:image/png;base64' in (out/'audit.html').read_text()
         images = pd.read_csv(out/'images.csv')
         assert len(images) == record.synthetic.images and set(images.seed) == {7} and images.number.tolist() == list(range(len(images))) and {'image', 'nearest', 'correlation', 'score', 'too_close', 'copied', 'repeats', 'dropped'} <= set(images)
@@ -233,7 +233,7 @@ def test_utility_is_measured_before_and_after(tmp_path, monkeypatch):
     assert set(zip(rows.store, rows.metric)) == {('real', 'dice'), *((s, m) for s in ('before', 'after') for m in ('dice', 'relative_dice', 'frechet_distance'))} and (rows[rows.metric == 'frechet_distance'].value > 0).all()
     assert AuditRecord.model_validate_json((tmp_path/'out'/'audit.json').read_text()).utility
     page = (tmp_path/'out'/'audit.html').read_text()
-    assert 'relative_dice' in page and 'frechet_distance' in page and page.count('data:image/png;base64') >= 4
+    assert 'relative_dice' in page and 'frechet_distance' in page and page.count('data:image/png;base64') + page.count('<svg') >= 4
     assert len([p for p in (tmp_path/'artifacts'/'gate').glob('unet-store-*')]) == 2 and len(list((tmp_path/'artifacts'/'gate').glob('unet-real-*'))) == 1
     make_data(DataRun.model_validate({**data, 'dataset': 'gate2', 'test_share': 0.5}))
     assert gate('other.yaml', 'out2') == 1

@@ -83,7 +83,7 @@ class VolumeWriter(StoreWriter):
 # %% ../../nbs/ventricles/00_volumes.ipynb #9c1f1719
 class _Mapped:
     "The volumes of an npy file."
-    def __init__(self, path: Path): self.array = np.load(path, mmap_mode='r'); self.shape, self.dtype = self.array.shape, self.array.dtype
+    def __init__(self, path: Path): self.array = np.lib.format.open_memmap(path, mode='r'); self.shape, self.dtype = self.array.shape, self.array.dtype
     def read(self, row: int, out: np.ndarray): out[...] = self.array[int(row)]
     def __getitem__(self, rows) -> np.ndarray: return np.array(self.array[rows])
 
