@@ -15,7 +15,7 @@ from pathlib import Path
 from . import __version__
 from .params import ParamsError, check, load, read_yaml
 
-# %% ../nbs/90_cli.ipynb #372ba6e3
+# %% ../nbs/90_cli.ipynb #f009bdb6
 def _simulate(a: argparse.Namespace) -> int:
     from synthmr.data.simulated import SimulatedParams, simulate_cohort
     params = check(SimulatedParams, {'subjects': a.subjects, 'seed': a.seed, 'spacing': a.spacing, 'workers': a.workers}, 'synthmr simulate')
@@ -40,6 +40,36 @@ def _import_images(a: argparse.Namespace) -> int:
     print(f"annotations ({found['labels']}): {found['moved']:.2%} of the pixels moved to the nearest class, by {found['largest']} grey values at most, {found['doubtful']:.2%} by more than {found['far']}")
     return 0
 
+def _data_commands(verb):
+    p = verb('simulate', _simulate, 'simulate a cohort of patients with brain tumours as BraTS-named NIfTI files')
+    p.add_argument('out', metavar='OUT', type=Path, help='folder of the cohort')
+    p.add_argument('--subjects', metavar='N', type=int, default=40, help='number of subjects')
+    p.add_argument('--seed', metavar='S', type=int, default=0, help='of the cohort; the same seed gives the same files')
+    p.add_argument('--spacing', metavar='MM', type=float, default=1, help='voxel size; 1 mm is 240x240x155')
+    p.add_argument('--workers', metavar='W', type=int, default=2, help='processes')
+
+    p = verb('prepare', _prepare, 'turn a folder of NIfTI subjects into a slice store')
+    p.add_argument('nifti', metavar='NIFTI_DIR', type=Path, help='BraTS 2020, 2021, 2023+ or any <id>_{t1,t1ce,t2,flair,seg}.nii[.gz]')
+    p.add_argument('store', metavar='STORE', type=Path, help='folder of the slice store')
+    p.add_argument('--resolution', metavar='R', type=int, default=256, help='pixels along each side of a slice')
+    p.add_argument('--split', metavar='CSV', help="subject,split; or brats2020, brats2021: the authors' (default: by the subjects' names, else seeded)")
+    p.add_argument('--seed', metavar='S', type=int, help='of the split of subjects, where there is no file')
+    p.add_argument('--strict', action='store_true', help='a subject that cannot be used is an error')
+    p.add_argument('--workers', metavar='W', type=int, default=2, help='processes')
+
+    p = verb('import-images', _import_images, 'turn a folder of synthetic PNG or NIfTI images from elsewhere into a slice store')
+    p.add_argument('folder', metavar='FOLDER', type=Path, help='T1/ T1CE/ T2/ FLAIR/ SEG/ with numbered files, or files whose names end in _t1, _t1ce, _t2, _flair, _seg')
+    p.add_argument('store', metavar='STORE', type=Path, help='folder of the slice store; for a study: generator: {kind: images, name: NAME, store: STORE}')
+    p.add_argument('--labels', choices=('auto', 'grey', 'brats', 'classes'), default='auto', help='what annotations hold: 0, 51, 102, 204 and what is near; 0, 1, 2, 4; 0, 1, 2, 3')
+    p.add_argument('--white', metavar='V', type=float, help='value that becomes 255 (default: 255 of 8 bits, 65535 of 16, the largest of a NIfTI file that has neither)')
+    p.add_argument('--spacing', metavar='MM', type=float, nargs=3, help='pixels in mm, z y x, where files do not say (default: 1 1 1)')
+    p.add_argument('--resolution', metavar='R', type=int, help='pixels along each side, to which images are shrunk (default: as they are)')
+    p.add_argument('--limit', metavar='S', type=float, help='largest share of annotated pixels far from any class (default: 0.02)')
+    p.add_argument('--images', metavar='N', type=int, help='only the first N')
+    p.add_argument('--simulated', action='store_true', help='the patients behind the images were simulated ones')
+    p.add_argument('--strict', action='store_true', help='an image that cannot be used is an error')
+
+# %% ../nbs/90_cli.ipynb #9c90c95e
 def _train(a: argparse.Namespace) -> int:
     from synthmr.studies.runs import GeneratorRun, make_data, train_generator
     from synthmr.training import processes
@@ -65,6 +95,27 @@ def _sample(a: argparse.Namespace) -> int:
     print(f'{store.path}: {len(store)} synthetic slices')
     return 0
 
+def _generator_commands(verb):
+    p = verb('train', _train, 'train one generator, without a report; several processes under torchrun share the work')
+    p.add_argument('file', metavar='FILE', type=Path, help='parameters of the generator, such as params/demo/stylegan2.yaml')
+
+    p = verb('import-checkpoint', _import_checkpoint, 'turn a published generator (StyleGAN 1, 2, 3, progressive GAN, guided diffusion) into one of ours; nothing in the file is executed')
+    p.add_argument('file', metavar='FILE', type=Path, help='.pkl or .pt of an official implementation')
+    p.add_argument('folder', metavar='FOLDER', type=Path, help='where the generator goes; for `synthmr sample`, or a study: generator: {kind: imported, folder: FOLDER}')
+    p.add_argument('--channels', metavar='LIST', help="what the file's generator paints, in its order (default: T1w,T2w,FLAIR,T1wGd,annotation, the authors')")
+    p.add_argument('--resolution', metavar='R', type=int, help='pixels along each side, which a diffusion model does not say (default: 256)')
+    p.add_argument('--params', metavar='YAML', type=Path, help='parameters of the generator that the file does not say: heads, steps, sampler, sampling_steps, truncation')
+
+    p = verb('sample', _sample, 'draw images from a generator that was imported or trained, into a slice store')
+    p.add_argument('folder', metavar='FOLDER', type=Path, help='of an imported generator, or of a run that trained one')
+    p.add_argument('store', metavar='STORE', type=Path, help='folder of the slice store; one that was begun goes on')
+    p.add_argument('--n', metavar='N', type=int, default=100_000, help='number of images')
+    p.add_argument('--seed', metavar='S', type=int, default=0, help='image i is a function of seed and i')
+    p.add_argument('--batch-size', metavar='B', type=int, default=64, help='images at once')
+    p.add_argument('--device', metavar='D', default='auto', help='as torch names it')
+    p.add_argument('--like', metavar='STORE', type=Path, help="real slices, whose voxel size the images have (default: those that the run learnt from; of an imported generator 1 mm at 256x256)")
+
+# %% ../nbs/90_cli.ipynb #4c40ec23
 def load_study(
     path: Path, # YAML file; its key `study` says of which kind, a comparison where there is none
 ):          # a `Grid`
@@ -94,16 +145,16 @@ def _study(a: argparse.Namespace) -> int:
     print(f'\n{render_pages(study)}')
     return code
 
-def _status(a: argparse.Namespace) -> int:
-    from synthmr.studies.status import states, status_text
-    print(status_text(states(load_study(a.file))))
-    return 0
-
 def _plan(a: argparse.Namespace) -> int:
     from synthmr.studies.cost import plan
     study = load_study(a.file)
     if study.label == 'ventricles': raise ParamsError(f'{a.file}: the cost of a study of volumes cannot be told; `synthmr study --dry-run` says what it would do')
     print(plan(study, a.jobs, a.slices, again=a.again))
+    return 0
+
+def _status(a: argparse.Namespace) -> int:
+    from synthmr.studies.status import states, status_text
+    print(status_text(states(load_study(a.file))))
     return 0
 
 def _reproduce(a: argparse.Namespace) -> int:
@@ -115,6 +166,39 @@ def _reproduce(a: argparse.Namespace) -> int:
     print('\nreproduced: every value is the same' if reproduced(found) else '\nNOT the same: see the columns in which rows differ')
     return 0 if reproduced(found) else 1
 
+def _published(a: argparse.Namespace) -> int:
+    from synthmr.studies.published import write_published
+    for path in write_published(a.out): print(path)
+    return 0
+
+def _study_commands(verb):
+    p = verb('study', _study, 'carry out a study, or what of it is not done yet; ends with its table and page')
+    p.add_argument('file', metavar='FILE', type=Path, help='parameters of the study, such as params/demo/study.yaml')
+    p.add_argument('--cores', metavar='N', type=int, help='processor cores to use (default: all)')
+    p.add_argument('--profile', metavar='P', help="where jobs run: slurm, slurm-no-accounting, or a Snakemake profile of one's own (default: this machine)")
+    p.add_argument('--jobs', metavar='N', type=int, help='jobs at a time on a cluster (default: what the profile says)')
+    p.add_argument('--dry-run', action='store_true', help='say what would be done')
+    p.set_defaults(snakemake=())    # what stands behind --, see `main`
+    p.epilog = 'What stands behind -- goes to Snakemake: synthmr study FILE --profile slurm -- --default-resources slurm_partition=gpu'
+
+    p = verb('plan', _plan, 'what a study will cost before it is begun: hours, memory and disk, from seconds measured on the device at hand')
+    p.add_argument('file', metavar='FILE', type=Path, help='parameters of the study; its data need not be there')
+    p.add_argument('--jobs', metavar='N', type=int, default=1, help='runs at once')
+    p.add_argument('--slices', metavar='N', type=int, help='training slices, where neither data nor paper tell')
+    p.add_argument('--again', action='store_true', help='measure again what was measured on this device before')
+
+    p = verb('status', _status, 'how far a study is: what is done, what runs, what failed and why')
+    p.add_argument('file', metavar='FILE', type=Path, help='parameters of the study')
+
+    p = verb('reproduce', _reproduce, 'do the run of a result row again, with the code and parameters that made it, and compare')
+    p.add_argument('row', metavar='ROW', help='results/…/NAME.csv, or NAME.csv:ROW for one of its rows')
+    p.add_argument('--out', metavar='FOLDER', type=Path, help='where the work is done; empty (default: a temporary folder)')
+    p.add_argument('--here', action='store_true', help="with the code at hand instead of that of the row's commit")
+
+    p = verb('published', _published, "relative Dice, ranks and inconsistencies of the paper's printed tables, as CSV")
+    p.add_argument('out', metavar='OUT', type=Path, help='folder of relative_dice.csv, ranks.csv and inconsistencies.csv')
+
+# %% ../nbs/90_cli.ipynb #1fdd26ac
 def _audit(a: argparse.Namespace) -> int:
     from synthmr.privacy.gate import EXIT, Audit, execute, planned_for, said
     given = {'synthetic': a.store, 'training': a.training, 'held_out': a.heldout, 'training_split': a.training_split, 'held_out_split': a.heldout_split, 'out': a.out or Path(f'{a.store}-audit'), 'drop': a.drop}
@@ -123,11 +207,6 @@ def _audit(a: argparse.Namespace) -> int:
     record = execute(run, a.threads)
     print(said(record)); print(Path(run.out)/'audit.html')
     return EXIT[record.verdict]
-
-def _published(a: argparse.Namespace) -> int:
-    from synthmr.studies.published import write_published
-    for path in write_published(a.out): print(path)
-    return 0
 
 def _release(a: argparse.Namespace) -> int:
     from synthmr.privacy.cards import ReleaseParams
@@ -139,6 +218,41 @@ def _release(a: argparse.Namespace) -> int:
     print(f"{out/'README.md'}: read it before you publish; what stands under *to be checked* is for you to check")
     return 0
 
+def _privacy_commands(verb):
+    p = verb('audit', _audit, 'whether a synthetic store may be released: copies, membership attacks, duplicates; exit code 0 pass, 3 fail, 1 unusable input')
+    p.add_argument('store', metavar='STORE', type=Path, help='synthetic slice store')
+    p.add_argument('--training', metavar='STORE', type=Path, required=True, help='real slice store that its generator learnt from')
+    p.add_argument('--training-split', metavar='S', default='train', help='of that store, where it has splits')
+    p.add_argument('--heldout', metavar='STORE', type=Path, help='real slice store of people that the generator has not seen (default: that of the training images)')
+    p.add_argument('--heldout-split', metavar='S', help='of that store (default: test where it is that of the training images, else everything)')
+    p.add_argument('--out', metavar='OUT', type=Path, help='folder of the report; it shows patients (default: STORE-audit)')
+    p.add_argument('--params', metavar='FILE', type=Path, help='thresholds and searches that differ from the defaults, as YAML')
+    p.add_argument('--drop', metavar='NEW_STORE', type=Path, help='write the store without what is too close or repeated, and audit that: the verdict is its own')
+    p.add_argument('--utility', metavar='SEGMENTER', type=Path, help='parameters of a segmenter, such as params/demo/unet.yaml: relative Dice and Fréchet distance, with --drop before and after')
+    p.add_argument('--seeds', metavar='S', type=int, nargs='+', default=[0], help='of the trainings of that segmenter')
+    p.add_argument('--threads', metavar='N', type=int, default=1, help='of the processor')
+    p.add_argument('--plan', action='store_true', help='say how long the searches will take')
+
+    p = verb('release', _release, 'turn a synthetic store whose audit was passed into a folder that can be published: BIDS or PNG, cards, Croissant, checksums')
+    p.add_argument('store', metavar='STORE', type=Path, help='synthetic slice store')
+    p.add_argument('out', metavar='OUT', type=Path, help='folder to write')
+    p.add_argument('--audit', metavar='JSON', type=Path, required=True, help='audit.json of `synthmr audit`, of these very images')
+    p.add_argument('--licence', metavar='L', required=True, help='of images and annotations, such as CC-BY-4.0; your decision')
+    p.add_argument('--source', metavar='S', help='what the generator learnt from: simulated, brats2020, brats2021, aida, or a name with --terms (default: what the store says)')
+    p.add_argument('--terms', metavar='T', help='of a source that is not known here, in your words and with their address')
+    p.add_argument('--weights', metavar='FOLDER', type=Path, help='of the generator, to be released with the images')
+    p.add_argument('--training', metavar='STORE', type=Path, help='of the patients that it learnt from, whose names must not appear (default: where the audit says)')
+    p.add_argument('--form', choices=('nifti', 'png'), default='nifti', help="a BIDS derivative, or PNG in the authors' folders")
+    p.add_argument('--orientation', metavar='O', default='LPS', help='where the axes x, y, z of the slices lead')
+    p.add_argument('--title', metavar='T', help='of the data set')
+    p.add_argument('--generator', metavar='G', help='what the generator is called (default: what the store says)')
+    p.add_argument('--authors', metavar='A', nargs='+', help='names')
+    p.add_argument('--version', metavar='V', default='1.0.0', help='of the data set')
+    p.add_argument('--date', metavar='D', help='of publication, YYYY-MM-DD')
+    p.add_argument('--url', metavar='U', help='where it will be found')
+    p.add_argument('--despite', metavar='REASON', help='publish although the audit failed, with this reason in the card')
+
+# %% ../nbs/90_cli.ipynb #b23f5db1
 def _reader_make(a: argparse.Namespace) -> int:
     from synthmr.studies.reader_study import ReaderStudyParams, key_summary, make_reader_study
     stores = [pair.partition('=') for pair in a.synthetic]
@@ -163,125 +277,7 @@ def _reader_score(a: argparse.Namespace) -> int:
     for path in write_scores(scores, a.out, key) if a.out else (): print(path)
     return 0
 
-# %% ../nbs/90_cli.ipynb #d1759141
-def parser() -> argparse.ArgumentParser:
-    "The command line of `synthmr`."
-    top = argparse.ArgumentParser('synthmr', description="Can synthetic MR images be shared instead of patients' images?",
-                                  epilog='Parameters: params/<dataset>/<experiment>.yaml. Stores and weights: $SYNTHMR_HOME, or artifacts/.')
-    top.add_argument('--version', action='version', version=f'synthmr {__version__}')
-    verbs = top.add_subparsers(required=True, metavar='COMMAND')
-
-    def verb(name, run, help, among=verbs):
-        p = among.add_parser(name, help=help, description=help[0].upper() + help[1:] + '.', formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        p.set_defaults(run=run)
-        return p
-
-    p = verb('simulate', _simulate, 'simulate a cohort of patients with brain tumours as BraTS-named NIfTI files')
-    p.add_argument('out', metavar='OUT', type=Path, help='folder of the cohort')
-    p.add_argument('--subjects', metavar='N', type=int, default=40, help='number of subjects')
-    p.add_argument('--seed', metavar='S', type=int, default=0, help='of the cohort; the same seed gives the same files')
-    p.add_argument('--spacing', metavar='MM', type=float, default=1, help='voxel size; 1 mm is 240x240x155')
-    p.add_argument('--workers', metavar='W', type=int, default=2, help='processes')
-
-    p = verb('prepare', _prepare, 'turn a folder of NIfTI subjects into a slice store')
-    p.add_argument('nifti', metavar='NIFTI_DIR', type=Path, help='BraTS 2020, 2021, 2023+ or any <id>_{t1,t1ce,t2,flair,seg}.nii[.gz]')
-    p.add_argument('store', metavar='STORE', type=Path, help='folder of the slice store')
-    p.add_argument('--resolution', metavar='R', type=int, default=256, help='pixels along each side of a slice')
-    p.add_argument('--split', metavar='CSV', help="subject,split; or brats2020, brats2021: the authors' (default: by the subjects' names, else seeded)")
-    p.add_argument('--seed', metavar='S', type=int, help='of the split of subjects, where there is no file')
-    p.add_argument('--strict', action='store_true', help='a subject that cannot be used is an error')
-    p.add_argument('--workers', metavar='W', type=int, default=2, help='processes')
-
-    p = verb('import-images', _import_images, 'turn a folder of synthetic PNG or NIfTI images from elsewhere into a slice store')
-    p.add_argument('folder', metavar='FOLDER', type=Path, help='T1/ T1CE/ T2/ FLAIR/ SEG/ with numbered files, or files whose names end in _t1, _t1ce, _t2, _flair, _seg')
-    p.add_argument('store', metavar='STORE', type=Path, help='folder of the slice store; for a study: generator: {kind: images, name: NAME, store: STORE}')
-    p.add_argument('--labels', choices=('auto', 'grey', 'brats', 'classes'), default='auto', help='what annotations hold: 0, 51, 102, 204 and what is near; 0, 1, 2, 4; 0, 1, 2, 3')
-    p.add_argument('--white', metavar='V', type=float, help='value that becomes 255 (default: 255 of 8 bits, 65535 of 16, the largest of a NIfTI file that has neither)')
-    p.add_argument('--spacing', metavar='MM', type=float, nargs=3, help='pixels in mm, z y x, where files do not say (default: 1 1 1)')
-    p.add_argument('--resolution', metavar='R', type=int, help='pixels along each side, to which images are shrunk (default: as they are)')
-    p.add_argument('--limit', metavar='S', type=float, help='largest share of annotated pixels far from any class (default: 0.02)')
-    p.add_argument('--images', metavar='N', type=int, help='only the first N')
-    p.add_argument('--simulated', action='store_true', help='the patients behind the images were simulated ones')
-    p.add_argument('--strict', action='store_true', help='an image that cannot be used is an error')
-
-    p = verb('train', _train, 'train one generator, without a report; several processes under torchrun share the work')
-    p.add_argument('file', metavar='FILE', type=Path, help='parameters of the generator, such as params/demo/stylegan2.yaml')
-
-    p = verb('import-checkpoint', _import_checkpoint, 'turn a published generator (StyleGAN 1, 2, 3, progressive GAN, guided diffusion) into one of ours; nothing in the file is executed')
-    p.add_argument('file', metavar='FILE', type=Path, help='.pkl or .pt of an official implementation')
-    p.add_argument('folder', metavar='FOLDER', type=Path, help='where the generator goes; for `synthmr sample`, or a study: generator: {kind: imported, folder: FOLDER}')
-    p.add_argument('--channels', metavar='LIST', help="what the file's generator paints, in its order (default: T1w,T2w,FLAIR,T1wGd,annotation, the authors')")
-    p.add_argument('--resolution', metavar='R', type=int, help='pixels along each side, which a diffusion model does not say (default: 256)')
-    p.add_argument('--params', metavar='YAML', type=Path, help='parameters of the generator that the file does not say: heads, steps, sampler, sampling_steps, truncation')
-
-    p = verb('sample', _sample, 'draw images from a generator that was imported or trained, into a slice store')
-    p.add_argument('folder', metavar='FOLDER', type=Path, help='of an imported generator, or of a run that trained one')
-    p.add_argument('store', metavar='STORE', type=Path, help='folder of the slice store; one that was begun goes on')
-    p.add_argument('--n', metavar='N', type=int, default=100_000, help='number of images')
-    p.add_argument('--seed', metavar='S', type=int, default=0, help='image i is a function of seed and i')
-    p.add_argument('--batch-size', metavar='B', type=int, default=64, help='images at once')
-    p.add_argument('--device', metavar='D', default='auto', help='as torch names it')
-    p.add_argument('--like', metavar='STORE', type=Path, help="real slices, whose voxel size the images have (default: those that the run learnt from; of an imported generator 1 mm at 256x256)")
-
-    p = verb('study', _study, 'carry out a study, or what of it is not done yet; ends with its table and page')
-    p.add_argument('file', metavar='FILE', type=Path, help='parameters of the study, such as params/demo/study.yaml')
-    p.add_argument('--cores', metavar='N', type=int, help='processor cores to use (default: all)')
-    p.add_argument('--profile', metavar='P', help="where jobs run: slurm, slurm-no-accounting, or a Snakemake profile of one's own (default: this machine)")
-    p.add_argument('--jobs', metavar='N', type=int, help='jobs at a time on a cluster (default: what the profile says)')
-    p.add_argument('--dry-run', action='store_true', help='say what would be done')
-    p.set_defaults(snakemake=())    # what stands behind --, see `main`
-    p.epilog = 'What stands behind -- goes to Snakemake: synthmr study FILE --profile slurm -- --default-resources slurm_partition=gpu'
-
-    p = verb('plan', _plan, 'what a study will cost before it is begun: hours, memory and disk, from seconds measured on the device at hand')
-    p.add_argument('file', metavar='FILE', type=Path, help='parameters of the study; its data need not be there')
-    p.add_argument('--jobs', metavar='N', type=int, default=1, help='runs at once')
-    p.add_argument('--slices', metavar='N', type=int, help='training slices, where neither data nor paper tell')
-    p.add_argument('--again', action='store_true', help='measure again what was measured on this device before')
-
-    p = verb('status', _status, 'how far a study is: what is done, what runs, what failed and why')
-    p.add_argument('file', metavar='FILE', type=Path, help='parameters of the study')
-
-    p = verb('reproduce', _reproduce, 'do the run of a result row again, with the code and parameters that made it, and compare')
-    p.add_argument('row', metavar='ROW', help='results/…/NAME.csv, or NAME.csv:ROW for one of its rows')
-    p.add_argument('--out', metavar='FOLDER', type=Path, help='where the work is done; empty (default: a temporary folder)')
-    p.add_argument('--here', action='store_true', help="with the code at hand instead of that of the row's commit")
-
-    p = verb('audit', _audit, 'whether a synthetic store may be released: copies, membership attacks, duplicates; exit code 0 pass, 3 fail, 1 unusable input')
-    p.add_argument('store', metavar='STORE', type=Path, help='synthetic slice store')
-    p.add_argument('--training', metavar='STORE', type=Path, required=True, help='real slice store that its generator learnt from')
-    p.add_argument('--training-split', metavar='S', default='train', help='of that store, where it has splits')
-    p.add_argument('--heldout', metavar='STORE', type=Path, help='real slice store of people that the generator has not seen (default: that of the training images)')
-    p.add_argument('--heldout-split', metavar='S', help='of that store (default: test where it is that of the training images, else everything)')
-    p.add_argument('--out', metavar='OUT', type=Path, help='folder of the report; it shows patients (default: STORE-audit)')
-    p.add_argument('--params', metavar='FILE', type=Path, help='thresholds and searches that differ from the defaults, as YAML')
-    p.add_argument('--drop', metavar='NEW_STORE', type=Path, help='write the store without what is too close or repeated, and audit that: the verdict is its own')
-    p.add_argument('--utility', metavar='SEGMENTER', type=Path, help='parameters of a segmenter, such as params/demo/unet.yaml: relative Dice and Fréchet distance, with --drop before and after')
-    p.add_argument('--seeds', metavar='S', type=int, nargs='+', default=[0], help='of the trainings of that segmenter')
-    p.add_argument('--threads', metavar='N', type=int, default=1, help='of the processor')
-    p.add_argument('--plan', action='store_true', help='say how long the searches will take')
-
-    p = verb('published', _published, "relative Dice, ranks and inconsistencies of the paper's printed tables, as CSV")
-    p.add_argument('out', metavar='OUT', type=Path, help='folder of relative_dice.csv, ranks.csv and inconsistencies.csv')
-
-    p = verb('release', _release, 'turn a synthetic store whose audit was passed into a folder that can be published: BIDS or PNG, cards, Croissant, checksums')
-    p.add_argument('store', metavar='STORE', type=Path, help='synthetic slice store')
-    p.add_argument('out', metavar='OUT', type=Path, help='folder to write')
-    p.add_argument('--audit', metavar='JSON', type=Path, required=True, help='audit.json of `synthmr audit`, of these very images')
-    p.add_argument('--licence', metavar='L', required=True, help='of images and annotations, such as CC-BY-4.0; your decision')
-    p.add_argument('--source', metavar='S', help='what the generator learnt from: simulated, brats2020, brats2021, aida, or a name with --terms (default: what the store says)')
-    p.add_argument('--terms', metavar='T', help='of a source that is not known here, in your words and with their address')
-    p.add_argument('--weights', metavar='FOLDER', type=Path, help='of the generator, to be released with the images')
-    p.add_argument('--training', metavar='STORE', type=Path, help='of the patients that it learnt from, whose names must not appear (default: where the audit says)')
-    p.add_argument('--form', choices=('nifti', 'png'), default='nifti', help="a BIDS derivative, or PNG in the authors' folders")
-    p.add_argument('--orientation', metavar='O', default='LPS', help='where the axes x, y, z of the slices lead')
-    p.add_argument('--title', metavar='T', help='of the data set')
-    p.add_argument('--generator', metavar='G', help='what the generator is called (default: what the store says)')
-    p.add_argument('--authors', metavar='A', nargs='+', help='names')
-    p.add_argument('--version', metavar='V', default='1.0.0', help='of the data set')
-    p.add_argument('--date', metavar='D', help='of publication, YYYY-MM-DD')
-    p.add_argument('--url', metavar='U', help='where it will be found')
-    p.add_argument('--despite', metavar='REASON', help='publish although the audit failed, with this reason in the card')
-
+def _reader_commands(verb):
     steps = verb('reader-study', None, 'can people tell real images from synthetic ones: a page for readers, and its scores').add_subparsers(required=True, metavar='STEP')
     p = verb('make', _reader_make, 'draw images and write the page that readers open in a browser, and the key that stays behind', steps)
     p.add_argument('page', metavar='PAGE', type=Path, help='HTML file to write')
@@ -298,6 +294,21 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('answers', metavar='ANSWERS', type=Path, nargs='+', help='CSV files that readers saved from the page')
     p.add_argument('--partial', action='store_true', help='take readers who have not finished')
     p.add_argument('--out', metavar='FOLDER', type=Path, help='write tables, text and figure there, too')
+
+# %% ../nbs/90_cli.ipynb #ffd9d611
+def parser() -> argparse.ArgumentParser:
+    "The command line of `synthmr`."
+    top = argparse.ArgumentParser('synthmr', description="Can synthetic MR images be shared instead of patients' images?",
+                                  epilog='Parameters: params/<dataset>/<experiment>.yaml. Stores and weights: $SYNTHMR_HOME, or artifacts/.')
+    top.add_argument('--version', action='version', version=f'synthmr {__version__}')
+    verbs = top.add_subparsers(required=True, metavar='COMMAND')
+
+    def verb(name, run, help, among=verbs):
+        p = among.add_parser(name, help=help, description=help[0].upper() + help[1:] + '.', formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        p.set_defaults(run=run)
+        return p
+
+    for commands in (_data_commands, _generator_commands, _study_commands, _privacy_commands, _reader_commands): commands(verb)
     return top
 
 # %% ../nbs/90_cli.ipynb #45c0115c

@@ -10,7 +10,7 @@ from pathlib import Path
 from shutil import copy, rmtree
 
 from conf import settings
-from pages import Pages, commits, execute, report_head
+from pages import Pages, commits, execute, report_head, template_of
 from reference import index, modules
 from reference import page as reference_page
 from references import page as bibliography
@@ -36,15 +36,15 @@ def write_reports(pages: Pages, folder: Path):
     for file in [*folder.glob('*.csv'), *folder.glob('*.yaml')]: copy(file, pages.source/place)
     for report in reports:
         pages.write(report, report.relative_to(ROOT), report_head(report, ROOT, settings['git_url']), fold=True)
-        template = re.search(r'nbs/reports/(\w+)\.ipynb', report.read_text(encoding='utf-8'))[1]
+        template = template_of(report)
         links = ' '.join(f'[{suffix[1:]}]({report.stem}{suffix})' for suffix in ('.yaml', '.csv') if report.with_suffix(suffix).is_file())
-        lines.append((template, f"| [{report.stem}]({report.name}) | [{template}](../../templates/{template}.ipynb) | {links} | {', '.join(c.removeprefix('commit ') for c in commits(report, settings['git_url']))} |"))
+        lines.append((template, f"| [{report.stem}]({report.name}) | [{template}](../../templates/{template}.ipynb) | {links} | {', '.join(commits(report, settings['git_url']))} |"))
     order = ['comparison', 'ratio', 'ensemble', 'prepare', 'generator', 'evaluation']
     lines.sort(key=lambda l: order.index(l[0]) if l[0] in order else len(order))
     pages.text(f'{place}/index.md', '\n'.join([f'# Reports: {folder.name}', '', f'{len(reports)} executed reports: what ran, with the parameters that it took and the rows that it wrote.', '', '| report | template | files | commit |', '|---|---|---|---|',
                                                *(text for _, text in lines), '', toctree('', [Path(r.name) for r in reports])]))
 
-def write_reference(pages: Pages, exported: dict[str, list[str]]) -> list[Path]:
+def write_reference(pages: Pages, exported: dict[str, list[str]]):
     "The reference: a page a module, and one that lists them."
     lines = ['# Reference', '', '> Every module, as its notebook exports it. Names in the text of chapters lead here.', '', '| module | |', '|---|---|']
     for module, names in exported.items():

@@ -67,7 +67,6 @@ class Pages:
             if cell.cell_type == 'markdown': cell.source = self.prose(''.join(cell.source), notebook.parent, page)
             for output in cell.get('outputs', []):
                 data = output.get('data', {})
-                data.pop('application/vnd.jupyter.widget-view+json', None)      # nothing drives it here
                 if 'text/markdown' in data: data['text/markdown'] = self.prose(''.join(data['text/markdown']), notebook.parent, page)
         if tail: markdown[-1].source += f'\n\n{tail}'
         page.parent.mkdir(parents=True, exist_ok=True)
@@ -107,20 +106,24 @@ def execute(
     finally: manager.shutdown_kernel(now=True)
     return done
 
+def template_of(report: Path) -> str:
+    "The name of the template that a report was executed from, which its first cell says."
+    return re.search(r'nbs/reports/(\w+)\.ipynb', report.read_text(encoding='utf-8'))[1]
+
 def report_head(
     report: Path,       # executed
     root: Path,
     repository: str,    # its address
 ) -> str:
     "Where a report comes from: template, parameters, rows, commit."
-    template = re.search(r'nbs/reports/(\w+)\.ipynb', report.read_text(encoding='utf-8'))[1]
+    template = template_of(report)
     parts = [f'Template: [{template}]({os.path.relpath(root/"nbs"/"reports"/template, report.parent)}.ipynb)']
     for words, file in (('parameters', report.with_suffix('.yaml')), ('rows', report.with_suffix('.csv'))):
         if file.is_file(): parts.append(f'[{words}]({file.name})')
-    return f"*{' · '.join(parts)} · {', '.join(commits(report, repository)) or 'commit: see the end'}*\n"
+    return f"*{' · '.join(parts)} · commit {', '.join(commits(report, repository)) or 'see the end'}*\n"
 
 def commits(report: Path, repository: str) -> list[str]:
     "Links to the commits that made the rows of a report."
     rows = report.with_suffix('.csv')
-    table = pd.read_csv(rows, usecols=lambda c: c in ('commit', 'dirty')) if rows.is_file() else pd.DataFrame()
-    return [f"commit [`{c[:7]}`]({repository}/commit/{c})" for c in table.commit.dropna().unique()] if 'commit' in table else []
+    table = pd.read_csv(rows, usecols=lambda c: c == 'commit') if rows.is_file() else pd.DataFrame()
+    return [f"[`{c[:7]}`]({repository}/commit/{c})" for c in table.commit.dropna().unique()] if 'commit' in table else []

@@ -20,6 +20,7 @@ from .image_files import ImageFiles, find_images, read_planes
 from .nifti import InputError
 from .prepare import canvas_size, has_brain, shrink, to_grey
 from ..params import Params, identity, runtime
+from ..plots import CLASS_COLOURS, MIXTURE_COLOURS
 from ..provenance import commit
 from ..slices import ANNOTATION_VALUES, CHANNELS, SliceStore, StoreError, StoreWriter, _plain, annotation_to_classes, classes_to_annotation
 
@@ -211,7 +212,7 @@ def snapping_figure(
     "Pixels at each distance from the nearest class."
     figure, axis = plt.subplots(figsize=(width, 2.2))
     share = np.array(found['histogram']) / max(1, found['pixels'])
-    axis.bar(range(len(share)), 100 * share, width=1, color=['#0072B2' if d <= far else '#E0402A' for d in range(len(share))])
+    axis.bar(range(len(share)), 100 * share, width=1, color=[MIXTURE_COLOURS['both'] if d <= far else CLASS_COLOURS['ET'] for d in range(len(share))])
     axis.axvline(far + 0.5, color='black', lw=0.8, ls=':')
     axis.annotate(f"doubtful: {found['doubtful']:.2%}", (far + 1, 1), (3, -9), xycoords=('data', 'axes fraction'), textcoords='offset points', fontsize=8)
     axis.set(yscale='log', xlabel='distance from the nearest class (grey values)', ylabel='pixels (%)', xlim=(-1, 52))

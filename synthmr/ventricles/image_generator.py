@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ImageGeneratorParams', 'ImageAutoencoder', 'ImageGenerator', 'train_image_generator']
 
-# %% ../../nbs/ventricles/20_image_generator.ipynb #098cfc41
+# %% ../../nbs/ventricles/20_image_generator.ipynb #3a4a9345
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from ..generators.sampling import numbered_noise
 from ..params import Params
-from ..training import Phase, Trainable, find_device, load_weights, train
-from .latent import AutoencoderParams, DiffusionParams, LatentDiffusion, mirror_half
+from ..training import Phase, Trainable
+from .latent import AutoencoderParams, DiffusionParams, LatentDiffusion, mirror_half, train_both
 from .mask_generator import divergence, fits
 from .volumes import CLASSES, VolumeStore, one_hot, unpack
 
@@ -127,7 +127,7 @@ class ImageGenerator(LatentDiffusion):
         grey = torch.where(mask[:, None] > 0, ((image + 1) * 127.5).round().clamp(0, 255), 0.)
         return grey[0, 0].to(torch.uint8).cpu().numpy()
 
-# %% ../../nbs/ventricles/20_image_generator.ipynb #15578979
+# %% ../../nbs/ventricles/20_image_generator.ipynb #85cf645c
 def train_image_generator(
     params: ImageGeneratorParams,
     store: VolumeStore,     # training volumes
@@ -136,15 +136,5 @@ def train_image_generator(
     progress: bool=True,
 ) -> ImageGenerator:        # with the weights that are kept, in evaluation mode
     "Train both parts, or load what was trained."
-    folder = Path(folder)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        autoencoder = ImageAutoencoder(params)
-        model = ImageGenerator(params, autoencoder, store.meta['shape'])
-    train(autoencoder.requires_grad_(True), [store], params.autoencoder.training, folder/'autoencoder', seed, config={'params': params, 'data': store.fingerprint}, progress=progress)
-    load_weights(autoencoder, folder/'autoencoder').eval().requires_grad_(False)
-    model.to(find_device(params.diffusion.training.device))
-    if not (folder/'diffusion'/'weights.safetensors').is_file(): model.fit_scale(store)
-    train(model, [store], params.diffusion.training, folder/'diffusion', seed, config={'params': params, 'data': store.fingerprint}, progress=progress)
-    model.remembered.clear()
-    return load_weights(model, folder/'diffusion').eval()
+    def build(): return ImageGenerator(params, ImageAutoencoder(params), store.meta['shape'])
+    return train_both(build, params, store, folder, seed, {'params': params}, progress)

@@ -6,7 +6,7 @@
 __all__ = ['fits', 'soft_dice', 'divergence', 'MaskAutoencoder', 'MaskGeneratorParams', 'MaskGenerator', 'train_mask_generator',
            'asked_and_obtained', 'following', 'plot_asked']
 
-# %% ../../nbs/ventricles/11_mask_generator.ipynb #78f53f15
+# %% ../../nbs/ventricles/11_mask_generator.ipynb #8d240e92
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..params import Params
-from ..training import Phase, Trainable, find_device, load_weights, train
-from .latent import AutoencoderParams, DiffusionParams, LatentDiffusion, mirror_half
+from ..training import Phase, Trainable
+from .latent import AutoencoderParams, DiffusionParams, LatentDiffusion, mirror_half, train_both
 from .volumes import CLASSES, VENTRICLES, VolumeStore, millilitres, one_hot, unpack
 
 # %% ../../nbs/ventricles/11_mask_generator.ipynb #1008fdf6
@@ -135,7 +135,7 @@ class MaskGenerator(LatentDiffusion):
         logits = self.autoencoder.decode(self.draw(seed, number, torch.tensor([float(ml)]), scale))
         return logits[0].argmax(0).to(torch.uint8).cpu().numpy()
 
-# %% ../../nbs/ventricles/11_mask_generator.ipynb #900d01da
+# %% ../../nbs/ventricles/11_mask_generator.ipynb #870647d1
 def train_mask_generator(
     params: MaskGeneratorParams,
     store: VolumeStore,     # training volumes
@@ -144,18 +144,8 @@ def train_mask_generator(
     progress: bool=True,
 ) -> MaskGenerator:         # with the weights that are kept, in evaluation mode
     "Train both parts, or load what was trained."
-    folder = Path(folder)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        autoencoder = MaskAutoencoder(params.autoencoder)
-        model = MaskGenerator(params, autoencoder, store.meta['shape'], store.spacing)
-    train(autoencoder.requires_grad_(True), [store], params.autoencoder.training, folder/'autoencoder', seed, config={'autoencoder': params.autoencoder, 'data': store.fingerprint}, progress=progress)
-    load_weights(autoencoder, folder/'autoencoder').eval().requires_grad_(False)
-    model.to(find_device(params.diffusion.training.device))
-    if not (folder/'diffusion'/'weights.safetensors').is_file(): model.fit_scale(store)
-    train(model, [store], params.diffusion.training, folder/'diffusion', seed, config={'params': params, 'data': store.fingerprint}, progress=progress)
-    model.remembered.clear()
-    return load_weights(model, folder/'diffusion').eval()
+    def build(): return MaskGenerator(params, MaskAutoencoder(params.autoencoder), store.meta['shape'], store.spacing)
+    return train_both(build, params, store, folder, seed, {'autoencoder': params.autoencoder}, progress)
 
 # %% ../../nbs/ventricles/11_mask_generator.ipynb #31389afb
 def asked_and_obtained(
