@@ -37,14 +37,15 @@ class ImageFile:
     "The images of an npy file by position, read when they are asked for; safe to share with forked processes and threads."
     def __init__(
         self,
-        path: Path, # npy file of an array (N, C, H, W); raises ValueError where it is damaged
+        path: Path,     # npy file of an array (N, C, H, W); raises ValueError where it is damaged
+        axes: int=4,    # of the array; more where images have more than two
     ):
         self.path, self.file = path, open(path, 'rb', buffering=0)
         version = np.lib.format.read_magic(self.file)
         if version not in _READ_HEADER: raise ValueError(f'npy format {version}')
         try: self.shape, fortran, self.dtype = _READ_HEADER[version](self.file)
         except (tokenize.TokenError, SyntaxError, TypeError, RecursionError, MemoryError) as e: raise ValueError(f'its header cannot be read ({type(e).__name__})') from None   # what `ast.literal_eval` may raise, too
-        if len(self.shape) != 4 or fortran or self.dtype.hasobject or self.shape[0] < 0 or min(self.shape[1:]) < 1: raise ValueError(f'{self.dtype} of shape {self.shape}' + ' in the order of Fortran' * fortran)
+        if len(self.shape) != axes or fortran or self.dtype.hasobject or self.shape[0] < 0 or min(self.shape[1:]) < 1: raise ValueError(f'{self.dtype} of shape {self.shape}' + ' in the order of Fortran' * fortran)
         self.start, size = self.file.tell(), os.fstat(self.file.fileno()).st_size
         self.channel = self.dtype.itemsize * math.prod(self.shape[2:])      # bytes
         needed = math.prod(self.shape[:2]) * self.channel

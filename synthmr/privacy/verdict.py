@@ -5,16 +5,19 @@
 # %% auto #0
 __all__ = ['Verdict', 'read_verdict']
 
-# %% ../../nbs/privacy/84_verdict.ipynb #3220396c
-import json
+# %% ../../nbs/privacy/84_verdict.ipynb #afb5132e
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
+from pydantic import ConfigDict, Field
+
+from ..files import read_json
+from ..params import Params, ParamsError, check
 from .licences import ReleaseError
 from ..slices import SliceStore
 
-# %% ../../nbs/privacy/84_verdict.ipynb #afffa534
+# %% ../../nbs/privacy/84_verdict.ipynb #891feb4c
 class Verdict(NamedTuple):
     "What a release says of its audit."
     passed: bool
@@ -28,29 +31,59 @@ class Verdict(NamedTuple):
     @property
     def word(self) -> str: return 'pass' if self.passed else 'fail'
 
-def _audited(content: dict) -> list[tuple[str, dict]]:
-    "Fingerprint and result of each store in an audit."
-    found = [(content.get('released'), content.get('after')), (content.get('synthetic'), content.get('result')), (content.get('store'), content)]
-    return [(store.get('fingerprint') if isinstance(store, dict) else store, result) for store, result in found if store and isinstance(result, dict)]
+class _Told(Params):
+    "What is taken from an audit; what else it holds is its own affair."
+    model_config = ConfigDict(extra='ignore', strict=True)
 
-_GROUPS = {'thresholds': 'threshold of', 'counts': 'conspicuous', 'false_alarms': 'false alarms,', 'numbers': ''}
+_Number = int|Annotated[float, Field(allow_inf_nan=False)]
 
-def _number(value: Any) -> bool: return isinstance(value, (int, float)) and math.isfinite(value)
+class _Criterion(_Told):
+    name: str
+    passed: bool
+    value: _Number|None = None
+    low: _Number|None = None
+    high: _Number|None = None
+    limit: _Number|None = None
+    reason: str = ''
+
+class _Result(_Told):
+    verdict: Literal['pass', 'fail']
+    reasons: list[str] = []
+    criteria: list[_Criterion] = []
+    thresholds: dict[str, Any] = {}
+    counts: dict[str, Any] = {}
+    false_alarms: dict[str, Any] = {}
+
+class _Store(_Told):
+    fingerprint: str
+    path: str|None = None
+    subjects: int|None = Field(None, ge=0)
+
+class _Audit(_Told):
+    simulated: bool|None = None
+    synthetic: _Store
+    result: _Result
+    released: _Store|None = None    # what was left when images were dropped
+    after: _Result|None = None      # and its result
+    training: _Store|None = None
+    held_out: _Store|None = None
+
+_GROUPS = {'thresholds': 'threshold of', 'counts': 'conspicuous', 'false_alarms': 'false alarms,'}
+
+def _numbers(result: _Result) -> dict[str, float]:
+    "The numbers of a result, and nothing else, under names for readers."
+    return {f'{word} {key}'.replace('_', ' '): value for group, word in _GROUPS.items() for key, value in getattr(result, group).items() if type(value) in (int, float) and math.isfinite(value)}
 
 def read_verdict(
     path: str|Path,     # audit.json
     store: SliceStore,  # that is to be released
 ) -> Verdict:
     "The verdict on a store; raises `ReleaseError` where the file is no audit, or that of other images."
-    try: content = json.loads(Path(path).read_text(encoding='utf-8'))
+    try: audit = check(_Audit, read_json(Path(path), ReleaseError), str(path))
     except OSError as e: raise ReleaseError(f'{path}: cannot be read: {e.strerror}') from None
-    except (ValueError, RecursionError): raise ReleaseError(f'{path}: is not valid JSON') from None
-    audited = _audited(content) if isinstance(content, dict) else []
-    if not audited: raise ReleaseError(f'{path}: is not an audit: it names no store and no result')
+    except ParamsError as e: raise ReleaseError(f'{e} (is it the audit.json of synthmr audit?)') from None
+    audited = [(s.fingerprint, r) for s, r in ((audit.released, audit.after), (audit.synthetic, audit.result)) if s and r]
     result = next((r for fingerprint, r in audited if fingerprint == store.fingerprint), None)
-    if result is None: raise ReleaseError(f"{path}: is the audit of other images ({', '.join(str(f) for f, _ in audited)}); those of {store.path} are {store.fingerprint}. Audit this store")
-    if result.get('verdict') not in ('pass', 'fail'): raise ReleaseError(f'{path}: verdict: is pass or fail, not {result.get("verdict")!r}')
-    criteria = [{k: c.get(k) for k in ('name', 'passed', 'value', 'low', 'high', 'limit', 'reason')} for c in result.get('criteria') or () if isinstance(c, dict)]
-    numbers = {f'{word} {key}'.replace('_', ' ').strip(): value for group, word in _GROUPS.items() for key, value in (result.get(group) or {}).items() if _number(value)}
-    training, people = content.get('training') if isinstance(content.get('training'), dict) else {}, [(content.get(who) or {}).get('subjects') for who in ('training', 'held_out')]
-    return Verdict(result['verdict'] == 'pass', [str(r) for r in result.get('reasons') or ()], criteria, numbers, content.get('simulated'), (Path(training['path']), training['fingerprint']) if {'path', 'fingerprint'} <= set(training) else None, tuple(people) if all(map(_number, people)) else None)
+    if result is None: raise ReleaseError(f"{path}: is the audit of other images ({', '.join(f for f, _ in audited)}); those of {store.path} are {store.fingerprint}. Audit this store")
+    t, people = audit.training, tuple(s.subjects if s else None for s in (audit.training, audit.held_out))
+    return Verdict(result.verdict == 'pass', result.reasons, [c.model_dump() for c in result.criteria], _numbers(result), audit.simulated, (Path(t.path), t.fingerprint) if t and t.path else None, None if None in people else people)

@@ -7,30 +7,55 @@ __all__ = ['COLUMNS', 'GRADE_CUTS', 'EVERYBODY', 'read_key', 'read_answers', 'si
            'as_reading', 'exact_interval', 'share', 'same_votes_p', 'permutation_p', 'table8', 'weighted_auc',
            'detection', 'published_reading', 'cohen_kappa', 'fleiss_kappa', 'agreement']
 
-# %% ../../nbs/studies/71_reader_scores.ipynb #0b4171f1
-import json
+# %% ../../nbs/studies/71_reader_scores.ipynb #964ea9bd
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from pydantic import ConfigDict, Field, model_validator
 from scipy import stats
 
+from ..files import read_json
+from ..params import Params, check
 from .published import printed
 from .reader_study import FORMAT, REAL
 from .statistics import holm
 
-# %% ../../nbs/studies/71_reader_scores.ipynb #d4b27133
+# %% ../../nbs/studies/71_reader_scores.ipynb #2cf8a33b
 COLUMNS = ('study', 'page', 'reader', 'image', 'answer', 'confidence', 'milliseconds', 'changes', 'position', 'answered')    # of a file of answers
+
+class _Told(Params): model_config = ConfigDict(extra='ignore', strict=True)
+class _Answering(_Told): graded: bool
+class _Image(_Told):
+    image: str = Field(min_length=1)
+    source: str
+    subject: str|None = None
+    tumour: int|None = None
+
+class _Key(_Told):
+    "What scores need of a key."
+    study: str
+    page: str
+    simulated: bool
+    parameters: _Answering
+    sources: dict[str, dict]
+    images: list[_Image] = Field(min_length=2)
+
+    @model_validator(mode='after')
+    def _whole(self):
+        if len({i.image for i in self.images}) < len(self.images): raise ValueError('images: a name stands twice')
+        if REAL not in self.sources or {i.source for i in self.images} != {*self.sources}: raise ValueError('sources: are not those of the images, or real ones are not among them')
+        return self
 
 def read_key(
     path: str|Path, # JSON file that `make_reader_study` wrote
 ) -> dict:
     "The key of a reader study; raises ValueError where the file is none."
-    try: key = json.loads(Path(path).read_bytes())
-    except ValueError: key = None
-    if not isinstance(key, dict) or key.get('format') != FORMAT: raise ValueError(f'{path}: is not the key of a reader study')
+    key = read_json(Path(path))
+    if key.get('format') != FORMAT: raise ValueError(f'{path}: is not the key of a reader study')
+    check(_Key, key, str(path))
     return key
 
 def _one_file(path: str|Path, key: dict) -> pd.DataFrame:
@@ -47,7 +72,7 @@ def _one_file(path: str|Path, key: dict) -> pd.DataFrame:
     graded = key['parameters']['graded']
     if not (rows.confidence.isin(list('12345')) if graded else rows.confidence == '').all(): refuse('confidence is 1 to 5 in a graded study' if graded else 'confidence in a study that is not graded')
     if graded and (rows.answer == rows.confidence.map({'1': 'real', '2': 'real', '4': 'synthetic', '5': 'synthetic'})).any(): refuse('answers contradict their confidence')
-    if not (rows.milliseconds.str.isdigit() & (rows.reader != '')).all(): refuse('rows without reader or milliseconds')
+    if not (rows.milliseconds.str.fullmatch('[0-9]{1,15}') & (rows.reader != '')).all(): refuse('rows without reader or milliseconds')
     return rows
 
 def read_answers(

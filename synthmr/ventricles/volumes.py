@@ -6,7 +6,7 @@
 __all__ = ['CLASSES', 'VENTRICLES', 'CLASS_COLOURS', 'millilitres', 'to_grey', 'one_hot', 'unpack', 'VolumeWriter', 'VolumeStore',
            'middle', 'show']
 
-# %% ../../nbs/ventricles/00_volumes.ipynb #6ef3ea9d
+# %% ../../nbs/ventricles/00_volumes.ipynb #55590584
 import os
 from pathlib import Path
 
@@ -16,8 +16,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..images import StoreError, content_fingerprint
-from ..slices import SliceStore, StoreWriter, _npy_header, _why_missing, _write_json
+from ..images import ImageFile, StoreError, content_fingerprint
+from ..slices import SliceStore, StoreWriter, _npy_header, _read_table, _why_missing, _write_json
 from ..files import give_name, read_json, write_whole
 
 # %% ../../nbs/ventricles/00_volumes.ipynb #eec147ed
@@ -80,12 +80,11 @@ class VolumeWriter(StoreWriter):
         self.close()
         return VolumeStore.open(self.path)
 
-# %% ../../nbs/ventricles/00_volumes.ipynb #9c1f1719
-class _Mapped:
-    "The volumes of an npy file."
-    def __init__(self, path: Path): self.array = np.lib.format.open_memmap(path, mode='r'); self.shape, self.dtype = self.array.shape, self.array.dtype
-    def read(self, row: int, out: np.ndarray): out[...] = self.array[int(row)]
-    def __getitem__(self, rows) -> np.ndarray: return np.array(self.array[rows])
+# %% ../../nbs/ventricles/00_volumes.ipynb #b658f4f5
+def _described(meta: dict) -> bool:
+    "Whether a description says what a volume store's has to."
+    shape, spacing = meta.get('shape'), meta.get('spacing')
+    return str(meta.get('format')).startswith('synthmr volume store') and isinstance(meta.get('fingerprint'), str) and isinstance(shape, list) and [type(n) for n in shape] == [int] * 3 and type(spacing) in (int, float) and 0 < spacing < 100
 
 class VolumeStore(SliceStore):
     "A volume store, or the part of one that `where` selects; its table has one row a volume."
@@ -98,11 +97,11 @@ class VolumeStore(SliceStore):
         path = Path(path)
         for name in ('meta.json', 'volumes.csv', 'images.npy'):
             if not (path/name).is_file(): raise StoreError(f"{path}: {_why_missing(path, name).replace('slice store', 'volume store')}")
-        meta = read_json(path/'meta.json', StoreError)
-        if not str(meta.get('format')).startswith('synthmr volume store'): raise StoreError(f'{path}: meta.json is not that of a volume store')
-        try: images = _Mapped(path/'images.npy')
-        except (ValueError, OSError, EOFError): raise StoreError(f'{path}: images.npy is damaged: its bytes are not those of an npy file') from None
-        table = pd.read_csv(path/'volumes.csv', dtype={'subject': str})
+        meta, table = read_json(path/'meta.json', StoreError), _read_table(path/'volumes.csv')
+        if not _described(meta): raise StoreError(f'{path}: meta.json is not that of a volume store')
+        if 'ml' in table and len(table) and not pd.api.types.is_numeric_dtype(table.ml): raise StoreError(f"{path}: volumes.csv: column 'ml' should hold numbers")
+        try: images = ImageFile(path/'images.npy', axes=5)
+        except ValueError as e: raise StoreError(f"{path}: images.npy is damaged: {' '.join(str(e).split())}") from None
         if images.dtype != np.uint8 or images.shape != (expected := (len(table), 2, *meta['shape'])):
             raise StoreError(f'{path}: images.npy holds {images.dtype} {images.shape}, but volumes.csv and meta.json say uint8 {expected}')
         return cls(path, images, table, meta)
