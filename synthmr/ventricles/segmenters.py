@@ -22,7 +22,7 @@ from .latent import VolumeTraining
 from .mask_generator import fits, soft_dice
 from .volumes import CLASSES, VENTRICLES, VolumeStore, one_hot, unpack
 
-# %% ../../nbs/ventricles/30_segmenters.ipynb #2e5b50c9
+# %% ../../nbs/ventricles/30_segmenters.ipynb #5e61b93d
 class SegmenterTraining(VolumeTraining):
     "nnU-Net's length: 1,000 epochs of 250 batches of 2."
     kimg: float = Field(500, gt=0)
@@ -37,6 +37,7 @@ class VolumeSegmenterParams(Params):
     optimiser: Literal['sgd', 'adamw'] = 'sgd'          # adamw: for quick presets
     learning_rate: float = Field(0.01, gt=0)
     weight_decay: float = Field(3e-5, ge=0)
+    moved: float = Field(0.2, ge=0, le=1)               # share of the volumes that are turned, and of those that are scaled; painted ones are all
     rotation: float = Field(20, ge=0)                   # degrees about each axis, at most
     scale: tuple[float, float] = (0.8, 1.25)            # of the volume, least and largest
     deformation: float = Field(4, ge=0)                 # painted images: smooth displacements, standard deviation in mm
@@ -48,7 +49,7 @@ class VolumeSegmenterParams(Params):
     @property
     def divisor(self) -> int: return 2**(len(self.filters) - 1)
 
-# %% ../../nbs/ventricles/30_segmenters.ipynb #52bfdd94
+# %% ../../nbs/ventricles/30_segmenters.ipynb #f7f925b3
 def _uniform(like: Tensor, low: float, high: float) -> Tensor:
     "One number a volume, in a shape that multiplies (B, 1, Z, Y, X)."
     return low + (high - low) * torch.rand(len(like), 1, 1, 1, 1, device=like.device)
@@ -64,21 +65,23 @@ def geometry(
     images: Tensor,     # (B, 1, Z, Y, X)
     classes: Tensor,    # int64 (B, Z, Y, X)
     params: VolumeSegmenterParams,
-    deformation: float=0.,  # smooth displacements, standard deviation in voxels
+    moved: float,           # share of the volumes that are turned, and of those that are scaled
+    deformation: float=0.,  # smooth displacements of all, standard deviation in voxels
 ) -> tuple[Tensor, Tensor]:
-    "Turn, scale, mirror and deform images with their classes."
+    "Mirror, turn, scale and deform images with their classes."
     n, device = len(images), images.device
-    angles = (2 * torch.rand(n, 3, device=device) - 1) * params.rotation * torch.pi / 180
+    angles = (2 * torch.rand(n, 3, device=device) - 1) * params.rotation * torch.pi / 180 * _some(images, moved).view(n, 1)
     generator = torch.zeros(n, 3, 3, device=device)
     for k, (i, j) in enumerate(((0, 1), (0, 2), (1, 2))): generator[:, i, j], generator[:, j, i] = angles[:, k], -angles[:, k]
-    matrix = torch.linalg.matrix_exp(generator) / _uniform(images, *params.scale).view(n, 1, 1)
+    scale = torch.where(_some(images, moved), _uniform(images, *params.scale), 1.)
+    matrix = torch.linalg.matrix_exp(generator) / scale.view(n, 1, 1)
     matrix = matrix * torch.where(torch.rand(n, 1, 1, device=device) < 0.5, torch.tensor([-1., 1, 1], device=device), torch.ones(3, device=device))
     size = torch.tensor(images.shape[:1:-1], dtype=torch.float32, device=device)
     matrix = matrix * size / size[:, None]                      # turns in voxels, not in shares of each side
     grid = F.affine_grid(torch.cat([matrix, torch.zeros(n, 3, 1, device=device)], 2), list(images.shape), align_corners=False)
     if deformation: grid = grid + smooth_field(images, 3).movedim(1, -1) * (2 * deformation / size)
-    moved = F.grid_sample(classes[:, None].float(), grid, mode='nearest', align_corners=False)[:, 0].round().long()
-    return F.grid_sample(images, grid, mode='bilinear', align_corners=False), moved
+    there = F.grid_sample(classes[:, None].float(), grid, mode='nearest', align_corners=False)[:, 0].round().long()
+    return F.grid_sample(images, grid, mode='bilinear', align_corners=False), there
 
 def intensities(
     images: Tensor,     # (B, 1, Z, Y, X), 0 outside the head
@@ -115,7 +118,7 @@ def paint(
     share = _uniform(image, 0, 0.8)
     return ((1 - share) * image + share * blurred).clamp(0.01, 1) * inside
 
-# %% ../../nbs/ventricles/30_segmenters.ipynb #3e313af4
+# %% ../../nbs/ventricles/30_segmenters.ipynb #d3f3868f
 class VolumeSegmenter(Trainable):
     "A segmenter of volumes with its augmentation, loss and optimiser."
     def __init__(
@@ -138,7 +141,7 @@ class VolumeSegmenter(Trainable):
     def examples(self, batch: Tensor) -> tuple[Tensor, Tensor]:
         "Images (B, 1, Z, Y, X) as the network sees them in training, and their classes."
         images, classes = unpack(batch)
-        images, classes = geometry(images, classes, self.params, self.params.deformation / self.spacing if self.painted else 0.)
+        images, classes = geometry(images, classes, self.params, *((1., self.params.deformation / self.spacing) if self.painted else (self.params.moved,)))
         return standardise(intensities(paint(classes) if self.painted else images, self.params)), classes
 
     def loss(self, batch: Tensor, step: int) -> tuple[Tensor, dict]:
