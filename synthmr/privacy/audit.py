@@ -156,10 +156,11 @@ def membership_of(attacks: pd.DataFrame, params: AuditParams, unit: str='image')
     row = attacks.loc[attacks[wins if wins.any() else attacks.p_adjusted.notna()].p_adjusted.idxmin()]
     at = f' at a false positive rate of {params.rate:g}' if row.measure == 'tpr' else ''
     noticed = attacks[(attacks.measure == 'auc') & (attacks.view == attacks.view.iloc[0])].detectable.min()
+    unmeasured = f'; for a true positive rate at {params.rate:g} held-out {unit}s are too few' if attacks[attacks.measure == 'tpr'].value.isna().all() else ''
     said = 'tells training subjects from others' + (', by the reverse' if row.value < 0.5 and row.measure != 'tpr' else '') if wins.any() else 'is the most successful, and no more so than chance' if row.p_adjusted > params.chance / 2 else 'is more than chance, but within what is tolerated'
     return Criterion(name='membership', passed=not wins.any(), value=row.value, low=row.low, high=row.high, limit=tolerated[row.name],
-                     reason=f"the attack '{row.attack}' with {f'the whole {unit}' if row['view'] == 'whole' else row['view']} {said}: {_MEASURES[row.measure]} {row.value:.3f} ({row.low:.3f} to {row.high:.3f}){at}, p = {row.p_adjusted:.2g} among {len(attacks)} attempts; "
-                            f'an area of {noticed:.2f} would have been noticed with a probability of {params.power:g}')
+                     reason=f"the attack '{row.attack}' with {f'the whole {unit}' if row['view'] == 'whole' else row['view']} {said}: {_MEASURES[row.measure]} {row.value:.3f} ({row.low:.3f} to {row.high:.3f}){at}, p = {row.p_adjusted:.2g} among {attacks.p_adjusted.notna().sum()} attempts; "
+                            f'an area of {noticed:.2f} would have been noticed with a probability of {params.power:g}{unmeasured}')
 
 def repeats_of(images: pd.DataFrame, limit: float, params: AuditParams, unit: str='image') -> Criterion:
     "Few images may repeat others."
