@@ -220,11 +220,11 @@ def _release(a: argparse.Namespace) -> int:
 
 def _privacy_commands(verb):
     p = verb('audit', _audit, 'whether a synthetic store may be released: copies, membership attacks, duplicates; exit code 0 pass, 3 fail, 1 unusable input')
-    p.add_argument('store', metavar='STORE', type=Path, help='synthetic slice store')
-    p.add_argument('--training', metavar='STORE', type=Path, required=True, help='real slice store that its generator learnt from')
+    p.add_argument('store', metavar='STORE', type=Path, help='synthetic store, of slices or of volumes')
+    p.add_argument('--training', metavar='STORE', type=Path, required=True, help='real store that its generator learnt from')
     p.add_argument('--training-split', metavar='S', default='train', help='of that store, where it has splits')
-    p.add_argument('--heldout', metavar='STORE', type=Path, help='real slice store of people that the generator has not seen (default: that of the training images)')
-    p.add_argument('--heldout-split', metavar='S', help='of that store (default: test where it is that of the training images, else everything)')
+    p.add_argument('--heldout', metavar='STORE', type=Path, help='real store of people that the generator has not seen (default: that of the training images)')
+    p.add_argument('--heldout-split', metavar='S', help='of that store (default: where it is that of the training images test, of volumes normal; else everything)')
     p.add_argument('--out', metavar='OUT', type=Path, help='folder of the report; it shows patients (default: STORE-audit)')
     p.add_argument('--params', metavar='FILE', type=Path, help='thresholds and searches that differ from the defaults, as YAML')
     p.add_argument('--drop', metavar='NEW_STORE', type=Path, help='write the store without what is too close or repeated, and audit that: the verdict is its own')

@@ -268,7 +268,7 @@ def _why_missing(path: Path, name: str) -> str:
     "Why a store lacks a file."
     if not path.is_dir(): return 'is half written; run what makes it again, it will go on' if Path(f'{path}.partial').is_dir() else 'no such folder'
     if path.suffix == '.partial': return 'is half written; run what makes it again, it will go on'
-    return f'is not a slice store: {name} is missing'
+    return 'holds volumes, not slices' if name == 'slices.csv' and (path/'volumes.csv').is_file() else f'is not a slice store: {name} is missing'
 
 def _reopen(source: Path|list[SliceStore], slices: pd.DataFrame) -> SliceStore:
     "A pickled store is opened again, not copied."

@@ -17,12 +17,14 @@ from pydantic import Field
 from scipy import stats
 
 from ..metrics.memorization import Calibration, calibrate_closeness
+from ..metrics.nearest import views_of
 from ..params import Params
 from ..plots import MIXTURE_COLOURS
-from .copies import closeness, copy_threshold, judge, of_own, scores
+from .copies import closeness, copy_threshold, judge, scores, search_own
 from .duplicates import duplicates, false_duplicates, neighbour_correlations, of_others
 from .membership import attack_scores, enough_subjects, membership
 from .searches import SearchParams, Searches, cost, integer_rate
+from .volumes import is_volumes, size_of, unit_of
 from ..slices import SliceStore, pool
 
 # %% ../../nbs/privacy/40_audit.ipynb #2929f54d
@@ -52,12 +54,14 @@ def check_sets(
     "Raise ValueError, naming the store, where an audit of these cannot be made."
     for name, store in (('synthetic', synthetic), ('training', training), ('held-out', held_out)):
         if not len(store): raise ValueError(f'{store.path}: no {name} images')
-        if store.images.shape[1:] != training.images.shape[1:]: raise ValueError(f'{store.path}: {name} images are {tuple(store.images.shape[1:])}, training images {tuple(training.images.shape[1:])}')
-        for column in ('subject', 'z') if name != 'synthetic' else ():
-            if column not in store.slices: raise ValueError(f'{store.path}: {name} images without subjects: slices.csv has no column {column}')
+        if size_of(store) != size_of(training): raise ValueError(f'{store.path}: {name} images are {size_of(store)}, training images {size_of(training)}')
+        if is_volumes(store) and store.meta['spacing'] != training.meta['spacing']: raise ValueError(f"{store.path}: {name} volumes have voxels of {store.meta['spacing']:g} mm, training volumes of {training.meta['spacing']:g} mm")
+        for column in () if name == 'synthetic' else ('subject',) if is_volumes(store) else ('subject', 'z'):
+            if column not in store.slices: raise ValueError(f"{store.path}: {name} images without subjects: {'volumes' if is_volumes(store) else 'slices'}.csv has no column {column}")
+    views_of(training, params.views)
     if both := sorted(set(training.subjects) & set(held_out.subjects)): raise ValueError(f'{held_out.path}: subject {both[0]} is among the training and the held-out subjects')
     enough_subjects(np.arange(len(training.subjects + held_out.subjects)) < len(training.subjects), params.chance / 2)
-    if len(held_out) * (1 - params.percentile / 100) < 1 - 1e-9: raise ValueError(f'{held_out.path}: {len(held_out)} held-out images are too few for a percentile of {params.percentile:g}; {int(np.ceil(1 / (1 - params.percentile / 100)))} are needed')
+    if len(held_out) * (1 - params.percentile / 100) < 1 - 1e-9: raise ValueError(f'{held_out.path}: {len(held_out)} held-out {unit_of(held_out)}s are too few for a percentile of {params.percentile:g}; {int(np.ceil(1 / (1 - params.percentile / 100)))} are needed, or a percentile of at most {100 - 100 / len(held_out):.4g} among the parameters')
 
 # %% ../../nbs/privacy/40_audit.ipynb #6731ec3b
 class Criterion(Params):
@@ -90,6 +94,8 @@ class Found(NamedTuple):
     @property
     def number(self) -> np.ndarray: return pd.factorize(self.people.slices.subject)[0]  # of the subject of each of `people`'s images
     @property
+    def units(self) -> str: return 'volumes' if is_volumes(self.people) else 'slices'   # what the images are
+    @property
     def table(self) -> pd.DataFrame: return pd.DataFrame([c.model_dump(exclude={'reason'}) for c in self.criteria]).set_index('name').round(4)
 
 def audit(
@@ -102,6 +108,7 @@ def audit(
 ) -> Found:
     "Copies, membership, duplicates; raises ValueError where sets cannot be audited."
     check_sets(synthetic, training, held_out, params)
+    unit = unit_of(synthetic)
     search = search or Searches(params, progress=progress)
     people, n = pool([training, held_out]), len(synthetic)
     subject, names = pd.factorize(people.slices.subject)
@@ -115,33 +122,33 @@ def audit(
     z = closeness(*base)
     calibration = calibrate_closeness(z, held_out.slices.subject, params.percentile, params.seed)
     baseline = scores(z, calibration)
-    own = closeness(search(held_out, held_out, f'own, {params.distance:g} mm', of_own(held_out, params.distance)), base[1])
+    own = closeness(search_own(held_out, search, params.distance), base[1])
     threshold = copy_threshold(calibration, own, baseline.score, held_out.slices.subject, n, params.chance / 2, params.seed)
     limit = float(np.quantile(neighbour_correlations(held_out), params.neighbours / 100))
     images = judge(in_training, in_held_out, calibration, threshold, training).merge(duplicates(synthetic, limit, search), on='query')
     images = images.assign(dropped=images.too_close | (images.repeats >= 0))
     attacks = membership(attacked, subject, member, params.rate, params.chance / 2, params.power, params.replicates, params.permutations, params.seed, progress)
-    return Found(images, exposure(images, attacked, people, member, params.percentile), attacks, [copies_of(images, threshold, params), close_of(images, calibration), membership_of(attacks, params), repeats_of(images, limit, params)],
+    return Found(images, exposure(images, attacked, people, member, params.percentile), attacks, [copies_of(images, threshold, params, unit), close_of(images, calibration, unit), membership_of(attacks, params, unit), repeats_of(images, limit, params, unit)],
                  baseline, calibration, threshold, limit, false_duplicates(base[1], limit), attacked, people, member)
 
 # %% ../../nbs/privacy/40_audit.ipynb #c0f232a4
-def copies_of(images: pd.DataFrame, threshold: float, params: AuditParams) -> Criterion:
+def copies_of(images: pd.DataFrame, threshold: float, params: AuditParams, unit: str='image') -> Criterion:
     "No image may be a copy."
     n, k = len(images), int(images.copied.sum())
-    said = f"{k:,} of {n:,} synthetic images {'is a copy' if k == 1 else 'are copies'} of training images" if k else f'none of {n:,} synthetic images is a copy of a training image'
+    said = f"{k:,} of {n:,} synthetic {unit}s {'is a copy' if k == 1 else 'are copies'} of training {unit}s" if k else f'none of {n:,} synthetic {unit}s is a copy of a training {unit}'
     return Criterion(name='copies', passed=k == 0, value=k, limit=0,
                      reason=f'{said}: a score above {threshold:.2f}, nearer than the same head {params.distance:g} mm away; the highest is {images.score.max():.2f}')
 
-def close_of(images: pd.DataFrame, calibration: Calibration) -> Criterion:
+def close_of(images: pd.DataFrame, calibration: Calibration, unit: str='image') -> Criterion:
     "No more images may be too close than held-out subjects guarantee."
     n, k = len(images), int(images.too_close.sum())
     low, high = stats.binomtest(k, n).proportion_ci(method='exact')
     return Criterion(name='too close', passed=low <= calibration.guaranteed, value=k / n, low=low, high=high, limit=calibration.guaranteed,
-                     reason=f'{k / n:.2%} of the images are nearer to a training subject than to others ({low:.2%} to {high:.2%}); of held-out images {calibration.expected:.2%} are, and all that {calibration.subjects} held-out subjects guarantee is that new people have no more than {calibration.guaranteed:.2%}')
+                     reason=f'{k / n:.2%} of the {unit}s are nearer to a training subject than to others ({low:.2%} to {high:.2%}); of held-out {unit}s {calibration.expected:.2%} are, and all that {calibration.subjects} held-out subjects guarantee is that new people have no more than {calibration.guaranteed:.2%}')
 
 _MEASURES = {'auc': 'area under the curve', 'auc_subjects': 'area under the curve of whole subjects', 'tpr': 'true positive rate'}
 
-def membership_of(attacks: pd.DataFrame, params: AuditParams) -> Criterion:
+def membership_of(attacks: pd.DataFrame, params: AuditParams, unit: str='image') -> Criterion:
     "No attack may be both more than chance and worth something."
     tolerated = attacks.measure.map({'auc': params.auc, 'auc_subjects': params.auc, 'tpr': params.tpr})
     reached = attacks.value.where((attacks.measure == 'tpr') | (attacks.value > 0.5), 1 - attacks.value)    # who guesses the reverse is right the more often
@@ -149,17 +156,18 @@ def membership_of(attacks: pd.DataFrame, params: AuditParams) -> Criterion:
     row = attacks.loc[attacks[wins if wins.any() else attacks.p_adjusted.notna()].p_adjusted.idxmin()]
     at = f' at a false positive rate of {params.rate:g}' if row.measure == 'tpr' else ''
     noticed = attacks[(attacks.measure == 'auc') & (attacks.view == attacks.view.iloc[0])].detectable.min()
+    unmeasured = f'; for a true positive rate at {params.rate:g} held-out {unit}s are too few' if attacks[attacks.measure == 'tpr'].value.isna().all() else ''
     said = 'tells training subjects from others' + (', by the reverse' if row.value < 0.5 and row.measure != 'tpr' else '') if wins.any() else 'is the most successful, and no more so than chance' if row.p_adjusted > params.chance / 2 else 'is more than chance, but within what is tolerated'
     return Criterion(name='membership', passed=not wins.any(), value=row.value, low=row.low, high=row.high, limit=tolerated[row.name],
-                     reason=f"the attack '{row.attack}' with {'the whole image' if row['view'] == 'whole' else row['view']} {said}: {_MEASURES[row.measure]} {row.value:.3f} ({row.low:.3f} to {row.high:.3f}){at}, p = {row.p_adjusted:.2g} among {len(attacks)} attempts; "
-                            f'an area of {noticed:.2f} would have been noticed with a probability of {params.power:g}')
+                     reason=f"the attack '{row.attack}' with {f'the whole {unit}' if row['view'] == 'whole' else row['view']} {said}: {_MEASURES[row.measure]} {row.value:.3f} ({row.low:.3f} to {row.high:.3f}){at}, p = {row.p_adjusted:.2g} among {attacks.p_adjusted.notna().sum()} attempts; "
+                            f'an area of {noticed:.2f} would have been noticed with a probability of {params.power:g}{unmeasured}')
 
-def repeats_of(images: pd.DataFrame, limit: float, params: AuditParams) -> Criterion:
+def repeats_of(images: pd.DataFrame, limit: float, params: AuditParams, unit: str='image') -> Criterion:
     "Few images may repeat others."
     n, k, same = len(images), int((images.repeats >= 0).sum()), int((images.same_as >= 0).sum())
     low, high = stats.binomtest(k, n).proportion_ci(method='exact')
     return Criterion(name='duplicates', passed=k / n <= params.repeats, value=k / n, low=low, high=high, limit=params.repeats,
-                     reason=f'{k:,} of {n:,} images repeat an earlier one ({same:,} of them byte for byte): a correlation of {limit:.4f} or more')
+                     reason=f'{k:,} of {n:,} {unit}s repeat an earlier one ({same:,} of them byte for byte): a correlation of {limit:.4f} or more')
 
 # %% ../../nbs/privacy/40_audit.ipynb #5948429c
 def exposure(
@@ -168,7 +176,7 @@ def exposure(
     people: SliceStore,
     member: np.ndarray,         # (K,) which of their subjects are training subjects
     percentile: float=99,       # of held-out slices' scores, above which a slice seems exposed
-) -> pd.DataFrame:              # `subject`, `slices`, `copies` and `too_close` synthetic images; `near`: its slices that seem exposed, `excess` over what is expected; `score`: mean, `p`
+) -> pd.DataFrame:              # `subject`, `slices` (or `volumes`), `copies` and `too_close` synthetic images; `near`: its slices that seem exposed, `excess` over what is expected; `score`: mean, `p`
     "The training subjects, the most exposed first."
     code, names = pd.factorize(people.slices.subject)
     z = pd.DataFrame({view: x for (attack, view), x in attacked.items() if attack == 'ratio'})
@@ -179,7 +187,7 @@ def exposure(
     for column, rows in (('copies', images[images.copied]), ('too_close', images[images.too_close])): table[column] = table.subject.map(rows.subject.value_counts()).fillna(0).astype(int)
     table['excess'] = table.near - calibration.expected * table.slices
     table['p'] = [(1 + (table.score[~member] >= s).sum()) / (1 + (~member).sum()) for s in table.score]
-    return table[member].sort_values(['copies', 'too_close', 'excess', 'score'], ascending=False)[['subject', 'slices', 'copies', 'too_close', 'near', 'excess', 'score', 'p']].reset_index(drop=True)
+    return table[member].sort_values(['copies', 'too_close', 'excess', 'score'], ascending=False)[['subject', 'slices', 'copies', 'too_close', 'near', 'excess', 'score', 'p']].reset_index(drop=True).rename(columns={'slices': 'volumes'} if is_volumes(people) else {})
 
 # %% ../../nbs/privacy/40_audit.ipynb #e84efa3c
 def closeness_figure(
@@ -193,14 +201,14 @@ def closeness_figure(
     sns.histplot(rows, x='score', hue='images', palette=colours, bins=40, stat='percent', common_norm=False, element='step', alpha=0.25, ax=left)
     for x, name in ((found.calibration.threshold, 'too close'), (found.threshold, 'copy')):
         left.axvline(x, color='black', lw=0.8, ls=':'); left.annotate(name, (x, 1), (3, -2), xycoords=('data', 'axes fraction'), textcoords='offset points', va='top', fontsize=8)
-    left.set(xlabel=f'score (above {top:.1f}: at {top:.1f})', ylabel='% of the images'); sns.move_legend(left, 'lower center', bbox_to_anchor=(0.5, 1), ncols=2, title=None)
+    left.set(xlabel=f'score (above {top:.1f}: at {top:.1f})', ylabel=f"% of the {'images' if found.units == 'slices' else found.units}"); sns.move_legend(left, 'lower center', bbox_to_anchor=(0.5, 1), ncols=2, title=None)
     code = found.number
     z = pd.DataFrame({view: x for (attack, view), x in found.attack_scores.items() if attack == 'ratio'})
     calibration = calibrate_closeness(z[~found.member[code]], code[~found.member[code]], found.calibration.percentile)
     mean = scores(z, calibration).score.groupby(code).mean().to_numpy()
     for x, (name, which, colour) in enumerate((('held-out', ~found.member, MIXTURE_COLOURS['real']), ('training', found.member, MIXTURE_COLOURS['both']))):
         right.plot(x + np.random.default_rng(0).uniform(-0.15, 0.15, which.sum()), mean[which], 'o', ms=4, alpha=0.7, color=colour)
-    right.set(xticks=(0, 1), xticklabels=(f'held-out ({(~found.member).sum()})', f'training ({found.member.sum()})'), xlim=(-0.5, 1.5), xlabel='subjects', ylabel='mean score of their slices')
+    right.set(xticks=(0, 1), xticklabels=(f'held-out ({(~found.member).sum()})', f'training ({found.member.sum()})'), xlim=(-0.5, 1.5), xlabel='subjects', ylabel=f'mean score of their {found.units}')
     return figure
 
 # %% ../../nbs/privacy/40_audit.ipynb #17561267
@@ -209,13 +217,13 @@ def planned(
     n_training: int,
     n_held_out: int,
     subjects: int,          # training and held-out ones
-    resolution: int,        # pixels along a side
+    values: int,            # of an image, over all channels
     params: AuditParams,
     rate: float|None=None,  # operations a second; measured where None
 ) -> pd.DataFrame:          # a row a search: `queries`, `library`, `pairs`, `operations`, `hours`
     "What the searches of an audit cost."
     rate, people = rate or integer_rate(), n_training + n_held_out
-    reference, pixels, ways = round(people * min(1, params.reference / subjects)), 5 * resolution**2, len(params.ways)
+    reference, ways = round(people * min(1, params.reference / subjects)), len(params.ways)
     rows = [('synthetic', 'training', n_synthetic * n_training, ways), ('synthetic', 'held-out', n_synthetic * n_held_out, ways), ('held-out', 'training', n_held_out * n_training, ways), ('held-out', 'held-out', n_held_out**2, ways),
             ('real', 'synthetic', people * n_synthetic, ways), ('real', 'real, of others', people * reference, ways), ('synthetic', 'synthetic, earlier', n_synthetic**2 // 2, 1)]
-    return pd.DataFrame([{'queries': q, 'library': l, **cost(pairs, pixels, w, rate)} for q, l, pairs, w in rows])
+    return pd.DataFrame([{'queries': q, 'library': l, **cost(pairs, values, w, rate)} for q, l, pairs, w in rows])

@@ -14,8 +14,10 @@ from tqdm import tqdm
 
 from ..params import fingerprint
 from .audit import AuditParams, Found
+from .volumes import VolumeImages, is_volumes, open_images
 from ..provenance import commit
 from ..slices import SliceStore, StoreError, StoreWriter
+from ..ventricles.volumes import VolumeWriter
 
 # %% ../../nbs/privacy/50_dropping.ipynb #d06b1278
 _OWN = ('format', 'channels', 'annotation_values', 'fingerprint', 'provenance')     # keys that a writer sets itself
@@ -39,16 +41,17 @@ def without(
     if not keep.any(): raise ValueError(f'{synthetic.path}: every image is too close or repeats another; nothing would be left in {path}')
     dropped = {'of': synthetic.fingerprint, 'audit': fingerprint(params), 'training': found.people.fingerprint, **reasons(found.images)}
     if Path(path).exists(): return _the_same(path, dropped, int(keep.sum()))
-    rows = synthetic.slices.to_dict('records')
-    with StoreWriter(path, {**{k: v for k, v in synthetic.meta.items() if k not in _OWN}, 'dropped': dropped}) as writer, tqdm(total=len(synthetic), unit='img', desc=Path(path).name, disable=not progress) as bar:
+    rows, images, writes = synthetic.slices.to_dict('records'), *((synthetic.volumes, VolumeWriter) if is_volumes(synthetic) else (synthetic, StoreWriter))
+    with writes(path, {**{k: v for k, v in synthetic.meta.items() if k not in _OWN}, 'dropped': dropped}) as writer, tqdm(total=len(synthetic), unit='img', desc=Path(path).name, disable=not progress) as bar:
         for start in range(0, len(synthetic), block):
             which = start + np.flatnonzero(keep[start:start + block])
-            if len(which) and f'{start}' not in writer.done: writer.append(f'{start}', synthetic[which], [rows[i] for i in which])
+            if len(which) and f'{start}' not in writer.done: writer.append(f'{start}', images[which], [rows[i] for i in which])
             bar.update(min(block, len(synthetic) - start))
-        return writer.finish(provenance=commit())
+        kept = writer.finish(provenance=commit())
+        return VolumeImages.of(kept) if is_volumes(kept) else kept
 
 def _the_same(path: str|Path, dropped: dict, n: int) -> SliceStore:
     "The store that is there, if it is the one that was asked for."
-    store = SliceStore.open(path)
+    store = open_images(path)
     if store.meta.get('dropped') != dropped or len(store) != n: raise StoreError(f'{path}: exists already and is another store; choose another folder')
     return store

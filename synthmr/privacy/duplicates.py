@@ -10,16 +10,17 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from .. import plots
 from ..images import image_hashes
 from .searches import Searches
+from .volumes import is_volumes, pictures_of, same_head
 from ..slices import SliceStore
 
 # %% ../../nbs/privacy/10_duplicates.ipynb #ac1ae4cd
 def neighbour_correlations(
-    store: SliceStore,  # of subjects, whose slices lie in their order
+    store: SliceStore,  # of subjects, whose slices lie in their order; or of volumes
 ) -> np.ndarray:        # one value a pair of neighbours; raises ValueError where there are none
-    "Pearson correlation of each slice with the next one of the same subject, whole images."
+    "Pearson correlation of each slice with the next one of the same subject, whole images; of volumes with themselves half a voxel further on."
+    if is_volumes(store): return same_head(store, store.meta['spacing'] / 2).query("view == 'whole'").correlation.dropna().to_numpy()
     found, before, whose = [], None, None
     for i, subject in enumerate(store.slices.subject):
         image = store[i].astype(np.float64).ravel()
@@ -67,7 +68,7 @@ def repeated(
     rows = rows[rows.repeats >= 0]
     if not len(rows): return None
     names = [f'{q}: ' + ('equal' if s >= 0 else f'{a:.3f}') for q, s, a in zip(rows['query'], rows.same_as, rows.alike)]
-    return plots.montage(np.concatenate([synthetic[[int(q), int(r)]] for q, r in zip(rows['query'], rows.repeats)]), 2, title, width, names, ['image', 'earlier image'])
+    return pictures_of(synthetic)(np.concatenate([synthetic[[int(q), int(r)]] for q, r in zip(rows['query'], rows.repeats)]), 2, title, width, names, ['image', 'earlier image'])
 
 # %% ../../nbs/privacy/10_duplicates.ipynb #f60c328a
 def of_others(

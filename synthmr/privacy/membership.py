@@ -157,11 +157,12 @@ def curves(
     replicates: int=200,    # of the bands
     seed: int=0,
     width: float=9,         # inches
+    units: str='slices',    # what an image is called
 ) -> plt.Figure:
     "Area of every attack and view with its interval; the curve of each attack with the whole image, with a band (95 %) over subjects."
     figure, axes = plt.subplots(1, 3, figsize=(width, 3.1), width_ratios=(1, 1, 1.15))
     views = list(dict.fromkeys(view for _, view in scores))
-    for axis, measure, title in zip(axes, MEASURES, ('slices', 'subjects')):
+    for axis, measure, title in zip(axes, MEASURES, (units, 'subjects')):
         for shift, attack in zip((-0.13, 0.13), _COLOURS):
             part = table[(table.attack == attack) & (table.measure == measure)].set_index('view').loc[views]
             y = np.arange(len(views)) + shift
@@ -176,6 +177,6 @@ def curves(
         low, high = np.quantile(slices.tpr(*draws, rates), (0.025, 0.975), axis=0)
         axes[2].fill_between(rates, low, high, color=colour, alpha=0.2, lw=0); axes[2].plot(rates, slices.tpr(own, 1 - own, rates)[0], color=colour)
     axes[2].plot(rates, rates, color='grey', lw=0.8, ls=':')
-    axes[2].set(xscale='log', yscale='log', xlabel='false positive rate', ylabel='true positive rate', ylim=(rates[0] / 2, 1.1)); axes[2].set_title(f'slices, {views[0]}', fontsize=9)
+    axes[2].set(xscale='log', yscale='log', xlabel='false positive rate', ylabel='true positive rate', ylim=(rates[0] / 2, 1.1)); axes[2].set_title(f'{units}, {views[0]}', fontsize=9)
     figure.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=3, fontsize=8)
     return figure

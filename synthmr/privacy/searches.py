@@ -19,7 +19,7 @@ from pydantic import Field
 
 from ..files import write_whole
 from ..metrics.bounds import nearest_bounded, summarise
-from ..metrics.nearest import VIEWS, Comparable, Transformation, nearest, transformations
+from ..metrics.nearest import VIEWS, VOLUME_VIEWS, Comparable, Transformation, nearest, transformations, views_of
 from ..params import Params, runtime
 from ..slices import SliceStore
 
@@ -49,7 +49,7 @@ def alterations(
 # %% ../../nbs/privacy/00_searches.ipynb #8f6332e5
 class SearchParams(Params):
     "As what images are compared, and with what effort."
-    views: tuple[Literal[*VIEWS], ...] = Field(tuple(VIEWS), min_length=1)  # what is correlated: the whole image, or one sequence
+    views: tuple[Literal[*VIEWS, *VOLUME_VIEWS], ...] = Field(tuple(VIEWS), min_length=1)  # what is correlated: the whole image, or one sequence; of volumes, where all are asked for: the whole, T1w, the classes
     flips: bool = True              # an image is also compared mirrored, left to right
     shift: int = Field(0, ge=0)     # ... moved by up to so many pixels in each direction
     negatives: bool = False         # ... and as its negative
@@ -91,15 +91,15 @@ class Searches:
     ) -> pd.DataFrame:              # as from `metrics.nearest`
         "The nearest image of each query, found now or before."
         p, numbers, parts = self.params, np.arange(len(queries)), []
-        views, ways = views or p.views, p.ways if altered else [Alteration()]
-        name = hashlib.sha256(json.dumps([chosen(queries), chosen(library), pairs, views, [str(w) for w in ways], at_least if p.squares else -1]).encode()).hexdigest()[:16]
+        channels, ways = views_of(library, views or p.views), p.ways if altered else [Alteration()]
+        name = hashlib.sha256(json.dumps([chosen(queries), chosen(library), pairs, list(channels), [str(w) for w in ways], at_least if p.squares else -1]).encode()).hexdigest()[:16]
         with TemporaryDirectory(dir=self.folder) as scratch:
             known = None
             for start in range(0, len(queries), p.chunk):
                 file = self.folder and self.folder/f'{name}-{p.chunk}-{start}.csv.gz'
                 if file and file.is_file(): parts.append(_read(file)); continue
                 if p.squares and known is None: known = summarise(library, p.squares, scratch, progress=self.progress)
-                kw = dict(views={v: VIEWS[v] for v in views}, ways=ways, memory=p.memory, progress=self.progress,
+                kw = dict(views=channels, ways=ways, memory=p.memory, progress=self.progress,
                           comparable=comparable and (lambda q, t, start=start: comparable(q + start, t)))
                 part = queries.select((numbers >= start) & (numbers < start + p.chunk))
                 found = nearest_bounded(part, library, known, at_least=at_least, **kw) if p.squares else nearest(part, library, precision=p.precision, **kw)
