@@ -25,7 +25,7 @@ demo: $(READY) ## the study on simulated patients: one table, one page (about tw
 
 test: $(READY) ## every notebook and every test
 	OMP_NUM_THREADS=1 nbdev_test --n_workers 2 --do_print
-	python -m pytest -n 2
+	python -m pytest -n 2 --dist loadgroup
 
 docs: $(READY) ## the living paper as HTML, in _docs/html/index.html
 	python nbs/_site/build.py

@@ -225,12 +225,14 @@ def done(tmp_path_factory):
     assert finished.returncode == 0, finished.stdout + finished.stderr
     return place, finished
 
+@pytest.mark.xdist_group('ventricles')     # one study for all
 def test_study_ends_with_published_and_own_errors(done):
     place, finished = done
     assert 'SIMULATED' in finished.stdout and '9.09 ± 12.18' in finished.stdout and 'real + synthetic' in finished.stdout
     page = Path(finished.stdout.strip().splitlines()[-1])
     assert page.suffix == '.html' and 'Bland-Altman' in page.read_text()
 
+@pytest.mark.xdist_group('ventricles')     # one study for all
 def test_study_leaves_reports_rows_and_pairs(done):
     place, _ = done
     reports = sorted((place/'results'/'tiny').glob('*.ipynb'))
@@ -244,6 +246,7 @@ def test_study_leaves_reports_rows_and_pairs(done):
     pairs = VolumeStore.open(next((place/'artifacts'/'tiny').glob('synthetic-*'))/'samples')
     assert len(pairs) == 5 and np.allclose(pairs.slices.ml, [millilitres(v[1], 8) for v in pairs[:]]) and ((pairs[:][:, 0] > 0) <= (pairs[:][:, 1] > 0)).all() and not pairs.meta.get('subject')
 
+@pytest.mark.xdist_group('ventricles')     # one study for all
 def test_study_again_does_nothing_and_a_changed_set_leaves_the_generators(done):
     place, _ = done
     assert 'Nothing to be done' in run(place, STUDY).stderr
