@@ -52,6 +52,11 @@ def test_package_is_in_step_with_the_notebooks(clean_copy):
 def test_notebooks_are_clean(clean_copy):
     assert [str(p.relative_to(ROOT)) for p in NOTEBOOKS if p.read_text() != (clean_copy/p.relative_to(ROOT)).read_text()] == []
 
+def test_pages_of_the_paper_do_not_begin_with_code():
+    "Each cell of theirs is folded or left out."
+    bare = [(p.name, ''.join(c['source'])[:60]) for p in NOTEBOOKS if p.parent.name == 'paper' for c in cells(p) if c['cell_type'] == 'code' and not {'hide-input', 'remove-input'} & {*c['metadata'].get('tags', ())}]
+    assert bare == []
+
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_holds_no_error(path):
     assert [o['evalue'] for c in cells(path) for o in c.get('outputs', []) if o['output_type'] == 'error'] == []
