@@ -24,7 +24,7 @@ from .copies import closeness, copy_threshold, judge, scores, search_own
 from .duplicates import duplicates, false_duplicates, neighbour_correlations, of_others
 from .membership import attack_scores, enough_subjects, membership
 from .searches import SearchParams, Searches, cost, integer_rate
-from .volumes import is_volumes, size_of, unit_of
+from .volumes import is_volumes, size_of, unit_of, units_of
 from ..slices import SliceStore, pool
 
 # %% ../../nbs/privacy/40_audit.ipynb #2929f54d
@@ -57,7 +57,7 @@ def check_sets(
         if size_of(store) != size_of(training): raise ValueError(f'{store.path}: {name} images are {size_of(store)}, training images {size_of(training)}')
         if is_volumes(store) and store.meta['spacing'] != training.meta['spacing']: raise ValueError(f"{store.path}: {name} volumes have voxels of {store.meta['spacing']:g} mm, training volumes of {training.meta['spacing']:g} mm")
         for column in () if name == 'synthetic' else ('subject',) if is_volumes(store) else ('subject', 'z'):
-            if column not in store.slices: raise ValueError(f"{store.path}: {name} images without subjects: {'volumes' if is_volumes(store) else 'slices'}.csv has no column {column}")
+            if column not in store.slices: raise ValueError(f"{store.path}: {name} images without subjects: {units_of(store)}.csv has no column {column}")
     views_of(training, params.views)
     if both := sorted(set(training.subjects) & set(held_out.subjects)): raise ValueError(f'{held_out.path}: subject {both[0]} is among the training and the held-out subjects')
     enough_subjects(np.arange(len(training.subjects + held_out.subjects)) < len(training.subjects), params.chance / 2)
@@ -94,7 +94,7 @@ class Found(NamedTuple):
     @property
     def number(self) -> np.ndarray: return pd.factorize(self.people.slices.subject)[0]  # of the subject of each of `people`'s images
     @property
-    def units(self) -> str: return 'volumes' if is_volumes(self.people) else 'slices'   # what the images are
+    def units(self) -> str: return units_of(self.people)   # what the images are
     @property
     def table(self) -> pd.DataFrame: return pd.DataFrame([c.model_dump(exclude={'reason'}) for c in self.criteria]).set_index('name').round(4)
 
@@ -187,7 +187,7 @@ def exposure(
     for column, rows in (('copies', images[images.copied]), ('too_close', images[images.too_close])): table[column] = table.subject.map(rows.subject.value_counts()).fillna(0).astype(int)
     table['excess'] = table.near - calibration.expected * table.slices
     table['p'] = [(1 + (table.score[~member] >= s).sum()) / (1 + (~member).sum()) for s in table.score]
-    return table[member].sort_values(['copies', 'too_close', 'excess', 'score'], ascending=False)[['subject', 'slices', 'copies', 'too_close', 'near', 'excess', 'score', 'p']].reset_index(drop=True).rename(columns={'slices': 'volumes'} if is_volumes(people) else {})
+    return table[member].sort_values(['copies', 'too_close', 'excess', 'score'], ascending=False)[['subject', 'slices', 'copies', 'too_close', 'near', 'excess', 'score', 'p']].reset_index(drop=True).rename(columns={'slices': units_of(people)})
 
 # %% ../../nbs/privacy/40_audit.ipynb #e84efa3c
 def closeness_figure(

@@ -22,7 +22,7 @@ from .audit import AuditParams, Criterion, Found, audit, check_sets, planned
 from .dropping import reasons, without
 from .searches import Narrowed, Searches
 from .utility import trade_off, utility
-from .volumes import is_volumes, open_images, unit_of
+from .volumes import is_volumes, open_images, unit_of, units_of
 from ..provenance import provenance
 from ..slices import SliceStore
 from ..studies.jobs import _execute
@@ -48,7 +48,7 @@ def _part(store: SliceStore, split: str|None) -> SliceStore:
     "The slices of a split; raises ValueError where there are none."
     if split is None or 'split' not in store.slices: return store
     part = store.where(split=split)
-    if not len(part): raise ValueError(f"{store.path}: no {'volumes' if is_volumes(store) else 'slices'} of split {split!r}; it has {', '.join(map(repr, store.slices.split.unique()))}")
+    if not len(part): raise ValueError(f"{store.path}: no {units_of(store)} of split {split!r}; it has {', '.join(map(repr, store.slices.split.unique()))}")
     return part
 
 def open_sets(

@@ -10,10 +10,10 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from ..files import read_json
-from ..params import Params, ParamsError, check
+from ..params import ParamsError, Told, check
 from .licences import ReleaseError
 from ..slices import SliceStore
 
@@ -31,13 +31,9 @@ class Verdict(NamedTuple):
     @property
     def word(self) -> str: return 'pass' if self.passed else 'fail'
 
-class _Told(Params):
-    "What is taken from an audit; what else it holds is its own affair."
-    model_config = ConfigDict(extra='ignore', strict=True)
-
 _Number = int|Annotated[float, Field(allow_inf_nan=False)]
 
-class _Criterion(_Told):
+class _Criterion(Told):
     name: str
     passed: bool
     value: _Number|None = None
@@ -46,7 +42,7 @@ class _Criterion(_Told):
     limit: _Number|None = None
     reason: str = ''
 
-class _Result(_Told):
+class _Result(Told):
     verdict: Literal['pass', 'fail']
     reasons: list[str] = []
     criteria: list[_Criterion] = []
@@ -54,12 +50,12 @@ class _Result(_Told):
     counts: dict[str, Any] = {}
     false_alarms: dict[str, Any] = {}
 
-class _Store(_Told):
+class _Store(Told):
     fingerprint: str
     path: str|None = None
     subjects: int|None = Field(None, ge=0)
 
-class _Audit(_Told):
+class _Audit(Told):
     simulated: bool|None = None
     synthetic: _Store
     result: _Result

@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from scipy import stats
 
 from ..files import read_json
-from ..params import Params, check
+from ..params import Told, check
 from .published import printed
 from .reader_study import FORMAT, REAL
 from .statistics import holm
@@ -26,15 +26,14 @@ from .statistics import holm
 # %% ../../nbs/studies/71_reader_scores.ipynb #2cf8a33b
 COLUMNS = ('study', 'page', 'reader', 'image', 'answer', 'confidence', 'milliseconds', 'changes', 'position', 'answered')    # of a file of answers
 
-class _Told(Params): model_config = ConfigDict(extra='ignore', strict=True)
-class _Answering(_Told): graded: bool
-class _Image(_Told):
+class _Answering(Told): graded: bool
+class _Image(Told):
     image: str = Field(min_length=1)
     source: str
     subject: str|None = None
     tumour: int|None = None
 
-class _Key(_Told):
+class _Key(Told):
     "What scores need of a key."
     study: str
     page: str
